@@ -1,0 +1,342 @@
+"""Denoising Diffusion Probabilistic Models (Ho, Jain, Abbeel 2020, arXiv:2006.11239) in one file.
+
+Notation is the paper's. Images x0 are floats in [-1, 1]; steps t run 1..T and t = 0 is the clean
+image, so every table has T + 1 entries, with beta[0] = 0 and alpha_bar[0] = 1: each formula holds
+as printed at t = 1 too. An earlier step is s < t. A model is any callable (xt, t) -> eps that takes
+xt (B, ...) and t (B,) int64 on xt's device. "DDIM" is arXiv:2010.02502, "iDDPM" arXiv:2102.09672.
+
+    1  noise schedules       sec. 4, iDDPM eq. 17          linear, cosine, exponential
+    2  forward process       eq. 4                         q_sample
+    3  posterior             eq. 7                         posterior_mean, beta_tilde
+    4  parametrisation       eq. 11, eq. 15                x0_from_eps, eps_from_x0, p_mean
+    5  simple loss           eq. 14 (Algorithm 1)          loss_simple
+    6  ancestral sampling    Algorithm 2                   sample_ancestral
+    7  implicit sampling     DDIM eq. 12, DDIM eq. 16      sample_ddim
+    8  likelihood bound      eq. 5, eq. 13                 bound_terms, in bits/dim
+    9  network               App. B                        UNet, 35,746,307 parameters
+
+Not in the paper's text, but in the authors' code, with which its results were made:
+    - x0 is clipped to [-1, 1] before the mean of a reverse step is formed: `clip`.
+    - The decoder's variance sigma_1^2 is beta_tilde_2, for both choices of sigma: bound_terms.
+    - The network counts from 0 and embeds t - 1: UNet.forward.
+    - The last layer of every residual branch, and of the network, starts near zero: `gain`.
+    - Stride-2 convolutions pad as TensorFlow's SAME does, right and bottom only: UNet.
+    - The learning rate warms up and gradients are clipped: train.py.
+Unlike the authors' code, the decoder's normal CDF is exact, in log space, not a tanh approximation.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# --- 1. Noise schedules: each returns the table beta[0..T] in float64 ----------------------------
+
+def linear_schedule(T=1000, beta_1=1e-4, beta_T=0.02):
+    """Sec. 4: from beta_1 to beta_T in equal steps. The paper's schedule, made for T = 1000."""
+    return F.pad(torch.linspace(beta_1, beta_T, T, dtype=torch.float64), (1, 0))
+
+def cosine_schedule(T=1000, s=0.008, beta_max=0.999):
+    """iDDPM eq. 17: alpha_bar_t = f(t) / f(0), f(t) = cos^2(pi/2 (t/T + s) / (1 + s))."""
+    t = torch.arange(T + 1, dtype=torch.float64)
+    f = torch.cos(math.pi / 2 * (t / T + s) / (1 + s)) ** 2
+    return F.pad((1 - f[1:] / f[:-1]).clamp(max=beta_max), (1, 0))
+
+def exponential_schedule(T=1000, beta_1=1e-4, beta_T=0.066):
+    """From beta_1 to beta_T by one factor; its alpha_bar_1000 is 3.2e-5, the linear's 4.0e-5."""
+    return F.pad(beta_1 * (beta_T / beta_1) ** torch.linspace(0, 1, T, dtype=torch.float64), (1, 0))
+
+# --- 2, 3, 4. The diffusion: four tables, and what follows from them in closed form --------------
+
+def at(table, t, x):
+    """table[t] as (B, 1, ..., 1), ready to scale x (B, ...); t is an int or (B,) int64 on the CPU.
+
+    The only cast, after all arithmetic, and never to less than float32: 1 - alpha_bar_1 is off by
+    1.7e-4 in a float32 table and 0 in a bfloat16 one. Tables and t stay on the CPU; only these B
+    numbers travel, and nothing waits for them.
+    """
+    t = torch.as_tensor(t).reshape(-1)
+    assert len(t) in (1, len(x)) and 0 <= t.min() and t.max() < len(table), "t must be in 0..T"
+    c = table[t].to(torch.promote_types(x.dtype, torch.float32)).to(x.device, non_blocking=True)
+    return c.reshape(-1, *[1] * (x.ndim - 1))
+
+class Diffusion:
+    """The process that beta[0..T] defines, as tables[0..T] in float64: beta, alpha, alpha_bar, and
+    beta_tilde, whose entry 0 is nan: there is no step 0. x0, xt and eps are (B, ...) of one shape.
+    """
+
+    def __init__(self, beta):
+        beta = torch.as_tensor(beta, dtype=torch.float64, device="cpu")
+        assert beta.ndim == 1 and len(beta) > 1 and beta[0] == 0, "need beta[0..T] with beta[0] = 0"
+        assert ((0 < beta[1:]) & (beta[1:] < 1)).all(), "each of beta_1 .. beta_T must be in (0, 1)"
+        self.T, self.beta, self.alpha = len(beta) - 1, beta, 1 - beta
+        self.alpha_bar = self.alpha.cumprod(0)
+        self.beta_tilde = beta * (1 - self.alpha_bar.roll(1)) / (1 - self.alpha_bar)  # eq. 7
+
+    def q_sample(self, x0, t, eps):
+        """eq. 4: xt ~ q(xt | x0) = N(sqrt(alpha_bar_t) x0, (1 - alpha_bar_t) I), with noise eps."""
+        assert x0.shape == eps.shape
+        ab = self.alpha_bar
+        return at(ab.sqrt(), t, x0) * x0 + at((1 - ab).sqrt(), t, x0) * eps
+
+    def posterior_mean(self, x0, xt, t):
+        """eq. 7: mu_tilde_t(xt, x0), the mean of q(x_{t-1} | xt, x0), of variance beta_tilde."""
+        assert x0.shape == xt.shape
+        ab, ab_s = self.alpha_bar, self.alpha_bar.roll(1)  # at t and at s = t - 1
+        c_0, c_t = ab_s.sqrt() * self.beta / (1 - ab), self.alpha.sqrt() * (1 - ab_s) / (1 - ab)
+        return at(c_0, t, x0) * x0 + at(c_t, t, xt) * xt
+
+    def x0_from_eps(self, xt, t, eps):
+        """eq. 15: the x0 that eps implies, which is eq. 4 solved for x0."""
+        assert xt.shape == eps.shape
+        ab = self.alpha_bar
+        return (xt - at((1 - ab).sqrt(), t, xt) * eps) / at(ab.sqrt(), t, xt)
+
+    def eps_from_x0(self, xt, t, x0):
+        """eq. 4 solved for eps: the noise that x0 implies. t in 1..T."""
+        assert xt.shape == x0.shape
+        ab = self.alpha_bar
+        return (xt - at(ab.sqrt(), t, xt) * x0) / at((1 - ab).sqrt(), t, xt)
+
+    def p_mean(self, xt, t, eps, clip=True):
+        """eq. 11: mu_theta(xt, t), as eq. 7 at the x0 that eps implies: equal, but for the clip."""
+        x0 = self.x0_from_eps(xt, t, eps)
+        return self.posterior_mean(x0.clamp(-1, 1) if clip else x0, xt, t)
+
+# --- 5. The simple loss --------------------------------------------------------------------------
+
+def loss_simple(model, d, x0, t=None, eps=None):
+    """eq. 14, Algorithm 1: || eps - model(xt, t) ||^2, averaged over images and their dimensions.
+
+    t (B,) ~ Uniform{1..T}, on the CPU, and eps ~ N(0, I) are drawn where they are not given.
+    """
+    t = torch.randint(1, d.T + 1, (len(x0),)) if t is None else t
+    eps = torch.randn_like(x0) if eps is None else eps
+    eps_theta = model(d.q_sample(x0, t, eps), t.to(x0.device, non_blocking=True))
+    assert eps_theta.shape == eps.shape
+    return F.mse_loss(eps_theta, eps)
+
+# --- 6. Ancestral sampling -----------------------------------------------------------------------
+
+def randn_like(x, generator=None):
+    """z ~ N(0, I) shaped as x; a list of generators, one per image, ties each image to its seed."""
+    generators = generator if isinstance(generator, (list, tuple)) else [generator]
+    size = (len(x) // len(generators), *x.shape[1:])
+    z = [torch.randn(size, generator=g, dtype=x.dtype, device=g.device if g else x.device)
+         for g in generators]
+    return torch.cat(z).to(x.device, non_blocking=True)
+
+def all_at(t, x):
+    """The step t for every image of x: (B,) int64 on x's device."""
+    return torch.full((len(x),), t, device=x.device)
+
+@torch.no_grad()
+def sample_ancestral(model, d, xt, sigma2=None, clip=True, generator=None, on_step=None):
+    """Algorithm 2: from xt (B, ...) ~ N(0, I) at t = T to x0, by T steps p(x_{t-1} | xt).
+
+    sigma2: table of the steps' variances, d.beta (the default) or d.beta_tilde (sec. 3.2).
+    on_step(s, xs) is called after every step, s = T-1 .. 0.
+    """
+    sigma2 = d.beta if sigma2 is None else sigma2
+    for t in range(d.T, 0, -1):
+        mean = d.p_mean(xt, t, model(xt, all_at(t, xt)), clip)
+        xt = mean + at(sigma2.sqrt(), t, xt) * randn_like(xt, generator) if t > 1 else mean
+        if on_step:
+            on_step(t - 1, xt)
+    return xt
+
+# --- 7. Implicit sampling ------------------------------------------------------------------------
+
+def ddim_grid(T, n):
+    """n of the steps 1..T, as even as integers allow and T the last: a grid for sample_ddim."""
+    assert 1 <= n <= T, f"cannot choose {n} different steps out of {T}"
+    return [T * i // n for i in range(1, n + 1)]
+
+@torch.no_grad()
+def sample_ddim(model, d, xt, grid, eta=0.0, clip=True, generator=None, on_step=None):
+    """DDIM eq. 12 (its alpha is our alpha_bar), sigma by DDIM eq. 16: eta = 0 adds no noise.
+
+    grid: increasing steps t_1 < .. < t_n in 1..T. xt (B, ...) at step t_n goes to t_{n-1}, .., t_1
+    and 0. With eta = 1 on the full grid 1..T, this is Algorithm 2 with sigma2 = beta_tilde.
+    """
+    jumps = list(zip([0, *grid[:-1]], grid, strict=True))
+    assert all(s < t for s, t in jumps), "grid must increase, from 1 or more"
+    for s, t in reversed(jumps):
+        ab_s, ab = d.alpha_bar[s].item(), d.alpha_bar[t].item()
+        sigma = eta * math.sqrt((1 - ab_s) / (1 - ab)) * math.sqrt(1 - ab / ab_s)
+        x0 = d.x0_from_eps(xt, t, model(xt, all_at(t, xt)))
+        x0 = x0.clamp(-1, 1) if clip else x0
+        eps = d.eps_from_x0(xt, t, x0)  # the model's own, unless x0 was clipped
+        mean = math.sqrt(ab_s) * x0 + math.sqrt(1 - ab_s - sigma**2) * eps
+        xt = mean + sigma * randn_like(xt, generator) if sigma > 0 else mean
+        if on_step:
+            on_step(s, xt)
+    return xt
+
+# --- 8. The likelihood bound ---------------------------------------------------------------------
+
+def normal_kl(mean_1, var_1, mean_2, var_2):
+    """KL(N(mean_1, var_1) || N(mean_2, var_2)) in nats, elementwise."""
+    return 0.5 * ((var_2 / var_1).log() + (var_1 + (mean_1 - mean_2) ** 2) / var_2 - 1)
+
+def discretized_log_likelihood(x0, mean, var):
+    """eq. 13: log of the mass that N(mean, var) puts on x0's bin, in nats, elementwise.
+
+    x0 is on the 256 levels -1 + 2k/255; its bin reaches 1/255 either way, the end bins to infinity.
+    """
+    low, high = (x0 - mean - 1 / 255) / var.sqrt(), (x0 - mean + 1 / 255) / var.sqrt()
+    low = torch.where(x0 < -1 + 1 / 255, -math.inf, low)
+    high = torch.where(x0 > 1 - 1 / 255, math.inf, high)
+    # Phi(high) - Phi(low) = Phi(-low) - Phi(-high): take the side where Phi is small, hence exact
+    flip = low + high > 0
+    low, high = torch.where(flip, -high, low), torch.where(flip, -low, high)
+    log_high = torch.special.log_ndtr(high)
+    return log_high + torch.log(-torch.expm1(torch.special.log_ndtr(low) - log_high))
+
+@torch.no_grad()
+def bound_terms(model, d, x0, variances, clip=True, generator=None):
+    """eq. 5: the bound on -log p(x0) in bits/dim, as its T + 1 terms, by one draw of each xt.
+
+    x0 (B, ...) on the 256 levels. variances: K tables of sigma2, judged on the same draws. Returns
+    (K, B, T + 1): L_0, which is the decoder (eq. 13), .., L_{T-1}, L_T. Their sum is the bound.
+    """
+    assert x0.abs().max() <= 1, "x0 must be in [-1, 1]"
+    terms = torch.empty(len(variances), len(x0), d.T + 1, dtype=torch.float64)
+    for t in range(1, d.T + 1):
+        xt = d.q_sample(x0, t, randn_like(x0, generator))
+        mean = d.p_mean(xt, t, model(xt, all_at(t, x0)), clip)
+        for k, sigma2 in enumerate(variances):
+            if t > 1:
+                true_mean, true_var = d.posterior_mean(x0, xt, t), at(d.beta_tilde, t, x0)
+                nats = normal_kl(true_mean, true_var, mean, at(sigma2, t, x0))
+            else:
+                var = at(d.beta_tilde, 2, x0) if d.T > 1 else at(d.beta, 1, x0)
+                nats = -discretized_log_likelihood(x0, mean, var)
+            terms[k, :, t - 1] = nats.flatten(1).mean(1)
+    ab = at(d.alpha_bar, d.T, x0)
+    prior = normal_kl(ab.sqrt() * x0, at(1 - d.alpha_bar, d.T, x0), 0.0, 1.0)
+    terms[:, :, d.T] = prior.flatten(1).mean(1)
+    return terms / math.log(2)
+
+# --- 9. The network ------------------------------------------------------------------------------
+
+def timestep_embedding(t, dim):
+    """(B,) -> (B, dim): the sines, then the cosines, of t / 10000^(i / (dim/2 - 1)), i < dim/2."""
+    i = torch.arange(dim // 2, dtype=torch.float32, device=t.device)
+    angle = t[:, None] * torch.exp(-math.log(10000) / (dim // 2 - 1) * i)
+    return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+def init(layer, gain=1.0):
+    """Weights Xavier-uniform, biases zero; gain=1e-5 for a layer that starts near zero."""
+    nn.init.xavier_uniform_(layer.weight, gain)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+def conv(c_in, c_out, size=3, gain=1.0):
+    return init(nn.Conv2d(c_in, c_out, size, padding=size // 2), gain)
+
+def norm(groups, c):
+    return nn.GroupNorm(groups, c, eps=1e-6)
+
+class ResBlock(nn.Module):
+    """x (B, c_in, H, W), emb (B, emb_dim) -> (B, c_out, H, W)."""
+
+    def __init__(self, c_in, c_out, emb_dim, dropout, groups):
+        super().__init__()
+        self.norm1, self.conv1 = norm(groups, c_in), conv(c_in, c_out)
+        self.emb = init(nn.Linear(emb_dim, c_out))
+        self.norm2, self.conv2 = norm(groups, c_out), conv(c_out, c_out, gain=1e-5)
+        self.dropout = nn.Dropout(dropout)
+        self.shortcut = nn.Identity() if c_in == c_out else conv(c_in, c_out, size=1)
+
+    def forward(self, x, emb):
+        h = self.conv1(F.silu(self.norm1(x))) + self.emb(F.silu(emb))[:, :, None, None]
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return self.shortcut(x) + h
+
+class Attention(nn.Module):
+    """x (B, C, H, W) -> (B, C, H, W): one head of self-attention over the H W pixels."""
+
+    def __init__(self, c, groups):
+        super().__init__()
+        self.norm = norm(groups, c)
+        self.q, self.k, self.v = conv(c, c, size=1), conv(c, c, size=1), conv(c, c, size=1)
+        self.out = conv(c, c, size=1, gain=1e-5)
+
+    def forward(self, x):
+        h = self.norm(x)
+        q, k, v = (f(h).flatten(2).mT[:, None] for f in (self.q, self.k, self.v))  # (B, 1, HW, C)
+        h = F.scaled_dot_product_attention(q, k, v)  # softmax(q k^T / sqrt(C)) v
+        return x + self.out(h[:, 0].mT.reshape(x.shape))
+
+class Stack(nn.Sequential):
+    """Layers one after the other; a ResBlock among them also sees emb."""
+
+    def forward(self, x, emb):
+        for layer in self:
+            x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
+        return x
+
+class UNet(nn.Module):
+    """App. B: xt (B, in_channels, H, W), t (B,) in 1..T -> eps (B, out_channels, H, W).
+
+    The defaults are the paper's CIFAR-10 network. Level i has ch * mult[i] channels, sides H / 2^i
+    and W / 2^i, and self-attention if i is in `attention` (at 32x32, level 1 is 16x16), as has the
+    middle. The paper's 256x256 network is mult=(1, 1, 2, 2, 4, 4), attention=(4,).
+    num_classes adds labels y (B,) in 0..num_classes; the last, and the default, means "no label".
+    """
+
+    def __init__(self, in_channels=3, out_channels=None, ch=128, mult=(1, 2, 2, 2), blocks=2,
+                 attention=(1,), dropout=0.1, groups=32, num_classes=None):
+        super().__init__()
+        self.ch, self.factor, self.num_classes = ch, 2 ** (len(mult) - 1), num_classes
+        self.time = nn.Sequential(init(nn.Linear(ch, 4 * ch)), nn.SiLU(),
+                                  init(nn.Linear(4 * ch, 4 * ch)))
+        self.label = nn.Embedding(num_classes + 1, 4 * ch) if num_classes else None
+
+        def res(c_in, c_out):
+            return ResBlock(c_in, c_out, 4 * ch, dropout, groups)
+
+        def attend(level, c):
+            return [Attention(c, groups)] if level in attention else []
+
+        self.conv_in = conv(in_channels, ch)
+        c, skips = ch, [ch]  # the channels of h, and of the skips, as forward will meet them
+        self.down = nn.ModuleList()
+        for level, m in enumerate(mult):
+            for _ in range(blocks):
+                self.down.append(Stack(res(c, ch * m), *attend(level, ch * m)))
+                c = ch * m
+                skips.append(c)
+            if level < len(mult) - 1:
+                same = nn.ZeroPad2d((0, 1, 0, 1))  # one column right, one row at the bottom
+                self.down.append(Stack(same, init(nn.Conv2d(c, c, 3, stride=2))))
+                skips.append(c)
+        self.mid = Stack(res(c, c), Attention(c, groups), res(c, c))
+        self.up = nn.ModuleList()
+        for level, m in reversed(list(enumerate(mult))):
+            for _ in range(blocks + 1):
+                self.up.append(Stack(res(c + skips.pop(), ch * m), *attend(level, ch * m)))
+                c = ch * m
+            if level > 0:
+                self.up[-1].extend([nn.Upsample(scale_factor=2), conv(c, c)])
+        self.norm_out = norm(groups, c)
+        self.conv_out = conv(c, out_channels or in_channels, gain=1e-5)
+
+    def forward(self, xt, t, y=None):
+        B, _, H, W = xt.shape
+        assert t.shape == (B,) and H % self.factor == W % self.factor == 0, (
+            f"need t (B,), and image sides that are multiples of {self.factor}: got {H}x{W}")
+        emb = self.time(timestep_embedding(t - 1, self.ch).to(xt.dtype))
+        if self.num_classes:
+            emb = emb + self.label(torch.full_like(t, self.num_classes) if y is None else y)
+        h = self.conv_in(xt)
+        skips = [h]
+        for stage in self.down:
+            h = stage(h, emb)
+            skips.append(h)
+        h = self.mid(h, emb)
+        for stage in self.up:
+            h = stage(torch.cat([h, skips.pop()], dim=1), emb)
+        return self.conv_out(F.silu(self.norm_out(h)))

@@ -1,0 +1,76 @@
+"""What the properties are tried on: every noise schedule, every step of it.
+
+A failing `Case(...)` is printed as it can be pasted back: put it into `@example(case=Case(...))`,
+or finish the sum with pencil and paper (Hypothesis shrinks T and t first).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+
+@dataclass(frozen=True)
+class Case:
+    """A schedule beta_1 .. beta_T, each inside (0, 1) and in any order, and a step t of it."""
+
+    betas: tuple[float, ...]
+    t: int
+
+    @property
+    def T(self):
+        return len(self.betas)
+
+    @property
+    def beta(self):
+        """The table beta[0..T], with beta[0] = 0."""
+        return np.array([0.0, *self.betas])
+
+
+@dataclass(frozen=True)
+class PaperCase:
+    """Step t of the paper's schedule (sec. 4): T = 1000, beta from 1e-4 to 0.02 in equal steps."""
+
+    t: int
+    T = 1000
+
+    @property
+    def betas(self):
+        return tuple(1e-4 + (0.02 - 1e-4) * i / 999 for i in range(1000))
+
+    beta = Case.beta
+
+
+@st.composite
+def cases(draw, max_T=50):
+    """T from 1 to 50, beta_t from 1e-6 to 0.999 in any order, t from 1 to T."""
+    betas = draw(st.lists(st.floats(1e-6, 0.999), min_size=1, max_size=max_T))
+    return Case(tuple(betas), draw(st.integers(1, len(betas))))
+
+
+EDGES = (
+    Case((0.5,), 1),  # T = 1
+    Case((0.5, 0.25), 1),  # t = 1
+    Case((0.5, 0.25), 2),  # t = T
+    PaperCase(1),
+    PaperCase(2),
+    PaperCase(1000),
+)
+
+
+def every_case(test):
+    """Decorator: the property `test(case)` must hold for every schedule and every step of it."""
+    test = given(case=cases())(test)
+    for edge in EDGES:
+        test = example(case=edge)(test)
+    return test
+
+
+def pixels(max_size=8):
+    """Values of the 256 levels, as k = 0..255."""
+    return st.lists(st.integers(0, 255), min_size=1, max_size=max_size)
+
+
+unit = st.floats(-1, 1, allow_subnormal=False)  # a pixel of x0
+normal = st.floats(-5, 5, allow_subnormal=False)  # a value of eps or of xt
