@@ -94,7 +94,7 @@ class Diffusion:
         return (xt - at((1 - ab).sqrt(), t, xt) * eps) / at(ab.sqrt(), t, xt)
 
     def eps_from_x0(self, xt, t, x0):
-        """eq. 4 solved for eps: the noise that x0 implies. t in 1..T."""
+        """The noise that x0 implies, which is eq. 4 solved for eps. t in 1..T."""
         assert xt.shape == x0.shape
         ab = self.alpha_bar
         return (xt - at(ab.sqrt(), t, xt) * x0) / at((1 - ab).sqrt(), t, xt)

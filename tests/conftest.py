@@ -1,26 +1,40 @@
-"""Loads the file that is judged: ./ddpm.py, or any other with the same public names by `--ddpm FILE`."""
+"""Loads the file that is judged: ./ddpm.py, or with `--ddpm FILE` any file with the same public names."""
 
 import importlib.util
+import os
 import pathlib
 import sys
 
 import hypothesis
 import pytest
+import torch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-NAMES = (
-    "linear_schedule cosine_schedule exponential_schedule Diffusion at loss_simple randn_like "
-    "sample_ancestral ddim_grid sample_ddim normal_kl discretized_log_likelihood bound_terms "
-    "timestep_embedding ResBlock Attention UNet"
-).split()
-METHODS = "q_sample posterior_mean x0_from_eps eps_from_x0 p_mean".split()
+import judge  # noqa: E402
 
-# no deadline: machines are noisy; the same examples every time in CI, fresh ones elsewhere
-hypothesis.settings.register_profile("dev", deadline=None, max_examples=100)
-hypothesis.settings.register_profile("ci", deadline=None, max_examples=200, derandomize=True)
-hypothesis.settings.load_profile("dev")
+NAMES = {
+    "linear_schedule", "cosine_schedule", "exponential_schedule", "at", "Diffusion",
+    "Diffusion.q_sample", "Diffusion.posterior_mean", "Diffusion.x0_from_eps",
+    "Diffusion.eps_from_x0", "Diffusion.p_mean", "loss_simple", "randn_like", "all_at",
+    "sample_ancestral", "ddim_grid", "sample_ddim", "normal_kl", "discretized_log_likelihood",
+    "bound_terms", "timestep_embedding", "init", "conv", "norm", "ResBlock", "Attention", "Stack",
+    "UNet",
+}  # fmt: skip
+PARTS = {"at", "all_at", "init", "conv", "norm", "Stack"}  # used by the others, not judged themselves
+
+# No deadline, since machines are noisy. CI tries the same examples each time, others fresh ones.
+hypothesis.settings.register_profile("dev", deadline=None)
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, max_examples=200)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+def public_names(module):
+    """The names that the file defines: functions, classes, and the methods of Diffusion."""
+    own = {k: v for k, v in vars(module).items() if getattr(v, "__module__", "") == "ddpm"}
+    methods = {f"Diffusion.{k}" for k in vars(own.get("Diffusion", object)) if not k.startswith("_")}
+    return {k for k in own if not k.startswith("_")} | (methods if "Diffusion" in own else set())
 
 
 def pytest_addoption(parser):
@@ -33,18 +47,27 @@ def pytest_configure(config):
     if not path.is_file():
         raise pytest.UsageError(f"--ddpm {path}: no such file")
     spec = importlib.util.spec_from_file_location("ddpm", path)
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules["ddpm"] = importlib.util.module_from_spec(spec)
     try:
-        sys.modules["ddpm"] = module
         spec.loader.exec_module(module)
     except Exception as error:
-        raise pytest.UsageError(f"--ddpm {path}: cannot be imported: {type(error).__name__}: {error}") from None
-    missing = [name for name in NAMES if not hasattr(module, name)]
-    missing += [f"Diffusion.{name}" for name in METHODS if not hasattr(getattr(module, "Diffusion", None), name)]
-    if missing:
-        raise pytest.UsageError(f"--ddpm {path}: the specification needs these names, which are missing: "
-                                f"{', '.join(missing)}")
+        raise pytest.UsageError(
+            f"--ddpm {path}: cannot be imported: {type(error).__name__}: {error}") from None
+    names = public_names(module)
+    if missing := NAMES - PARTS - names:
+        raise pytest.UsageError(f"--ddpm {path}: the specification needs the public names of ddpm.py; "
+                                f"missing: {', '.join(sorted(missing))}")
+    judge.SEED = int(config.getoption("--hypothesis-seed", None) or 0)
+    config.judged, config.unjudged = path, sorted(names - NAMES)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Statistics are replayed with the same numbers, or with fresh ones by --hypothesis-seed=N."""
+    torch.manual_seed(judge.SEED)
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    terminalreporter.write_line(f"judged: {pathlib.Path(config.getoption('--ddpm')).resolve()}")
+    terminalreporter.write_line(f"judged: {config.judged}")
+    if config.unjudged:
+        terminalreporter.write_line(f"beyond the specification, not judged: {', '.join(config.unjudged)}")

@@ -1,7 +1,10 @@
-"""How the properties judge: errors as multiples of a derived tolerance, statistics with a stated false-alarm rate."""
+"""How the properties judge: errors in multiples of a tolerance, statistics at a false-alarm rate."""
 
 import numpy as np
+import torch
 from scipy import stats
+
+SEED = 0  # of every draw that Hypothesis does not make; conftest.py sets it
 
 EPS = np.finfo(np.float64).eps
 EPS32 = np.finfo(np.float32).eps
@@ -10,31 +13,38 @@ ALPHA = 1e-6  # false-alarm rate of each statistical assertion, two-sided
 Z = stats.norm.isf(ALPHA / 2)  # 4.89 standard errors
 
 
+def f64(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def array(x):
+    return np.asarray(x.detach().cpu() if isinstance(x, torch.Tensor) else x).astype(np.float64)
+
+
 def tolerance(case, eps=EPS):
     """Relative tolerance of anything built on 1 - alpha_bar_t.
 
-    alpha_bar_t, a product of t factors, carries a relative error of at most t eps. That is an error of
-    t eps alpha_bar_t / (1 - alpha_bar_t) in 1 - alpha_bar_t, and since alpha_bar_t <= (1 - min beta)^t,
-    t alpha_bar_t / (1 - alpha_bar_t) <= 1 / min beta. The factor 8 allows for the few operations on top
-    and for the same error on the other side of the comparison.
+    alpha_bar_t, a product of t factors, carries a relative error of at most t eps. That makes
+    t eps alpha_bar_t / (1 - alpha_bar_t) in 1 - alpha_bar_t; since alpha_bar_t <= (1 - min beta)^t,
+    t alpha_bar_t / (1 - alpha_bar_t) <= 1 / min beta. The factor 8 allows for the few operations on
+    top, and for the same error on the other side of the comparison.
     """
     return 8 * eps / min(case.betas)
 
 
 def close(what, got, want, tol, scale=None):
-    """Assert |got - want| <= tol * scale everywhere; scale defaults to |want|, the relative error.
+    """Assert |got - want| <= tol * scale everywhere; scale defaults to |want|: a relative error.
 
     The message gives the worst entry, and its error as a multiple of the tolerance.
     """
-    got, want = np.broadcast_arrays(np.asarray(got, np.float64), np.asarray(want, np.float64))
-    allowed = np.broadcast_to(tol * np.abs(want if scale is None else scale), got.shape)
-    if got.size == 0:
-        raise AssertionError(f"{what}: nothing to compare")
-    error = np.abs(got - want)
-    bad = ~(error <= allowed) & ~((got == want) | (np.isnan(got) & np.isnan(want)))
+    got, want = np.broadcast_arrays(array(got), array(want))
+    allowed = np.broadcast_to(tol * np.abs(want if scale is None else array(scale)), got.shape)
+    assert got.size, f"{what}: nothing to compare"
+    with np.errstate(all="ignore"):
+        error = np.abs(got - want)
+        bad = ~(error <= allowed) & ~((got == want) | (np.isnan(got) & np.isnan(want)))
+        ratio = np.where(bad, np.nan_to_num(error / allowed, nan=np.inf, posinf=np.inf), -1.0)
     if bad.any():
-        with np.errstate(divide="ignore", invalid="ignore"):
-            ratio = np.where(bad, np.nan_to_num(error / allowed, nan=np.inf), -1.0)
         i = np.unravel_index(np.argmax(ratio), got.shape)
         place = f" at {tuple(int(k) for k in i)}" if got.ndim else ""
         raise AssertionError(
@@ -44,7 +54,7 @@ def close(what, got, want, tol, scale=None):
 
 
 def within(what, got, want, standard_error):
-    """Assert that the estimate `got` is within Z standard errors of `want` (false-alarm rate ALPHA)."""
+    """Assert that the estimate `got` is within Z standard errors of `want` (false alarms: ALPHA)."""
     z = abs(got - want) / standard_error
     assert z <= Z, (
         f"{what}: estimated {got:.6g}, predicted {want:.6g}: {z:.1f} standard errors apart, "
@@ -53,25 +63,34 @@ def within(what, got, want, standard_error):
 
 
 def has_mean(what, samples, mean):
-    """Assert that the samples' mean is `mean` (false-alarm rate ALPHA)."""
-    samples = np.asarray(samples, np.float64).ravel()
+    """Assert that independent samples have this mean (false alarms: ALPHA)."""
+    samples = array(samples).ravel()
     within(f"mean of {what}", samples.mean(), mean, samples.std() / np.sqrt(samples.size))
 
 
 def has_normal_moments(what, samples, mean, var):
-    """Assert that Gaussian samples have this mean and variance (false-alarm rate ALPHA each)."""
-    samples = np.asarray(samples, np.float64).ravel()
-    n = samples.size
+    """Assert that independent Gaussian samples have this mean and variance (false alarms: ALPHA each)."""
+    samples = array(samples).ravel()
+    n, s2 = samples.size, samples.var(ddof=1)
     within(f"mean of {what}", samples.mean(), mean, np.sqrt(var / n))
     low, high = stats.chi2.ppf([ALPHA / 2, 1 - ALPHA / 2], n - 1) / (n - 1) - 1
-    off = samples.var(ddof=1) / var - 1
+    off = s2 / var - 1
     assert low <= off <= high, (
-        f"variance of {what}: estimated {samples.var(ddof=1):.6g}, predicted {var:.6g} ({off:+.1%}); "
+        f"variance of {what}: estimated {s2:.6g}, predicted {var:.6g} ({off:+.1%}); "
         f"allowed {low:+.1%} .. {high:+.1%} (false-alarm rate {ALPHA:g})"
     )
 
 
 def is_uniform(what, counts):
-    """Assert by chi-squared that the counts come from a uniform distribution (false-alarm rate ALPHA)."""
+    """Assert, by chi-squared, that the counts come from a uniform distribution (false alarms: ALPHA)."""
     p = stats.chisquare(counts).pvalue
-    assert p >= ALPHA, f"{what}: counts {list(map(int, counts))} are not uniform: p = {p:.2g} < {ALPHA:g}"
+    assert p >= ALPHA, f"{what}: counts {[int(c) for c in counts]} are not uniform, p = {p:.2g}"
+
+
+def rejects(assertion, *args):
+    """True if the assertion fails: what a negative control must do."""
+    try:
+        assertion(*args)
+    except AssertionError:
+        return True
+    return False

@@ -1,0 +1,369 @@
+"""From a checkpoint to pictures: a grid, an animation of the reverse process, an .npz, or a folder.
+
+    python sample.py --ckpt ckpt.pt --out grid.png
+
+The first half is sampling; the second, what all three commands share: flags, files, progress.
+"""
+
+import argparse
+import contextlib
+import difflib
+import os
+import pathlib
+import sys
+import time
+import types
+import typing
+from dataclasses import MISSING, dataclass, field, fields
+
+import numpy as np
+import torch
+from PIL import Image
+
+import ddpm
+
+
+def flag(default, text, *, choices=None, low=None, high=None):
+    """A field of a command's dataclass: its default, its help text, and the values it may take."""
+    about = dict(text=text, choices=choices, low=low, high=high)
+    return field(metadata=about) if default is MISSING else field(default=default, metadata=about)
+
+
+@dataclass(frozen=True)
+class Config:
+    ckpt: str = flag(MISSING, "checkpoint that train.py wrote; it carries its own configuration")
+    out: str = flag(
+        MISSING, "X.png: a grid; X.gif or X.webp: the reverse process, animated; X.npz: uint8 "
+        "(N, H, W, C) as arr_0, labels as arr_1; X/: a folder of PNGs")
+    n: int | None = flag(None, "number of images (default: about 64, in full rows)", low=1)
+    steps: int | None = flag(
+        None, "all T: ancestral sampling (the default); fewer: DDIM on an even grid", low=1)
+    eta: float | None = flag(
+        None, "noise of DDIM, from 0 (none, its default) to 1; given, DDIM is used", low=0, high=1)
+    variance: str | None = flag(
+        None, "sigma^2 of ancestral sampling (default: beta)", choices=("beta", "beta_tilde"))
+    label: str | None = flag(None, "class of all images, by name (default: each class in turn)")
+    seed: int = flag(0, "image i is drawn from seed + i, at any batch size", low=0, high=2**31)
+    batch_size: int = flag(256, "images drawn at a time", low=1)
+    weights: str = flag("ema", "moving average or last weights", choices=("ema", "raw"))
+    device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps, ..")
+
+
+def main(cfg, given):
+    device = pick_device(cfg.device)
+    write = writer(pathlib.Path(cfg.out), cfg.out.endswith(("/", os.sep)))
+    ckpt = load_checkpoint(cfg.ckpt)
+    net, d = load_model(ckpt, cfg.weights, device)
+    steps = d.T if cfg.steps is None else cfg.steps
+    implicit = cfg.eta is not None or steps < d.T
+    if steps > d.T:
+        raise UsageError(f"--steps {steps}: the checkpoint has T = {d.T} steps; ask for 1 to {d.T}")
+    if implicit and cfg.variance:
+        raise UsageError("--variance is for all T steps; DDIM, with --steps or --eta, takes --eta")
+    classes, (_, H, W) = ckpt["classes"], ckpt["shape"]
+    labels = class_labels(cfg, classes)
+    n = len(labels)
+    animate = pathlib.Path(cfg.out).suffix in (".gif", ".webp")
+    columns = len(classes) if classes and cfg.label is None else round(n**0.5) or 1
+    frames, progress, done = [], Progress("sampling", steps * n, "image-steps"), 0
+
+    images = []
+    for first in range(0, n, cfg.batch_size):
+        y = labels[first : first + cfg.batch_size]
+        film = []
+
+        def on_step(s, xs, film=film, B=len(y), first=first):
+            nonlocal done
+            done += B
+            progress(done, f"image {first + B} of {n}")
+            if animate and (s % max(1, d.T // 48) == 0 or steps <= 50):
+                film.append(to_uint8(xs))
+
+        seeds = range(cfg.seed + first, cfg.seed + first + len(y))
+        x0 = sample(net, d, ckpt["shape"], seeds, y if classes else None,
+                    steps if implicit else None, cfg.eta or 0.0, cfg.variance, on_step)
+        if not x0.isfinite().all():
+            raise Failure(f"{cfg.ckpt}: the network's output is not finite; its training diverged")
+        images.append(to_uint8(x0))
+        frames.append(film)
+    progress.close()
+    images = np.concatenate(images)
+    film = [np.concatenate(parts) for parts in zip(*frames, strict=True)]
+    write(images, labels if classes else None, columns, film)
+    how = f"DDIM, {steps} steps, eta {cfg.eta or 0:g}" if implicit else (
+        f"ancestral, {d.T} steps, sigma^2 = {cfg.variance or 'beta'}")
+    print(f"{cfg.out}: {n} images of {H}x{W}, {how}, {cfg.weights} weights at step {ckpt['step']}")
+
+
+def sample(net, d, shape, seeds, labels=None, steps=None, eta=0.0, variance=None, on_step=None):
+    """One image (C, H, W) per seed: x0 (N, C, H, W). steps=None: Algorithm 2, all T; else DDIM."""
+    device = next(net.parameters()).device
+    y = None if labels is None else torch.as_tensor(np.asarray(labels), device=device).long()
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    xT = ddpm.randn_like(torch.empty(len(seeds), *shape, device=device), generators)
+
+    def model(xt, t):
+        return net(xt, t, y)
+
+    if steps is None:
+        sigma2 = d.beta_tilde if variance == "beta_tilde" else d.beta
+        return ddpm.sample_ancestral(model, d, xT, sigma2, generator=generators, on_step=on_step)
+    grid = ddpm.ddim_grid(d.T, steps)
+    return ddpm.sample_ddim(model, d, xT, grid, eta, generator=generators, on_step=on_step)
+
+
+def class_labels(cfg, classes):
+    """The label of each image to draw: the named class, or each class in turn, in full rows."""
+    if cfg.label is not None:
+        if cfg.label not in classes:
+            known = f"its classes are {' '.join(classes)}" if classes else "it knows no classes"
+            raise UsageError(f"--label {cfg.label}: not a class of this checkpoint; {known}")
+        return np.full(cfg.n or 64, classes.index(cfg.label))
+    row = len(classes) or 8
+    return np.arange(cfg.n or max(1, round(64 / row)) * row) % row
+
+
+def to_uint8(x):
+    """(N, C, H, W) in [-1, 1] -> uint8 (N, H, W, C), rounded: levels survive the trip unchanged."""
+    x = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return x.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def grid(images, columns, gap=2):
+    """uint8 (N, H, W, C) -> one picture, row by row; small images are enlarged by whole factors."""
+    n, H, W, C = images.shape
+    rows, scale = -(-n // columns), max(1, 64 // max(H, W))
+    images = images.repeat(scale, axis=1).repeat(scale, axis=2)
+    H, W = H * scale + gap, W * scale + gap
+    sheet = np.full((rows * H + gap, columns * W + gap, C), 255, np.uint8)
+    for i, image in enumerate(images):
+        top, left = gap + i // columns * H, gap + i % columns * W
+        sheet[top : top + H - gap, left : left + W - gap] = image
+    return to_picture(sheet)
+
+
+def to_picture(image):
+    return Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
+
+
+def writer(out, folder):
+    """A function (images, labels, columns, film) that writes `out`; refuses at once what cannot be."""
+    kinds = ".png .gif .webp .npz".split()
+    if folder or out.is_dir():
+        if out.is_dir() and any(out.iterdir()):
+            raise Failure(f"--out {out}: the folder is not empty; name a new one")
+
+        def write(images, labels, columns, film):
+            out.mkdir(parents=True, exist_ok=True)
+            for i, image in enumerate(images):
+                with replacing(out / f"{i:06d}.png") as file:
+                    to_picture(image).save(file, "PNG")
+
+        return write
+    if out.suffix not in kinds:
+        raise UsageError(f"--out {out}: must end in {', '.join(kinds)}, or in / for a folder")
+    writable(out)
+
+    def write(images, labels, columns, film):
+        with replacing(out) as file:
+            if out.suffix == ".npz":
+                np.savez(file, images, **({} if labels is None else {"arr_1": labels}))
+            elif out.suffix == ".png":
+                grid(images, columns).save(file, "PNG")
+            else:
+                pictures = [grid(frame, columns) for frame in film]
+                pictures[0].save(file, out.suffix[1:].upper(), save_all=True, loop=0,
+                                 append_images=pictures[1:],
+                                 duration=[60] * (len(pictures) - 1) + [2000])
+
+    return write
+
+
+# --- Checkpoints ---------------------------------------------------------------------------------
+
+FORMAT = 1  # of the checkpoint file; a file with a higher number is refused
+SCHEDULES = {"linear": ddpm.linear_schedule, "cosine": ddpm.cosine_schedule,
+             "exponential": ddpm.exponential_schedule}
+
+
+def load_checkpoint(path):
+    """The dictionary that train.py saved, on the CPU. No code in the file is run."""
+    if not os.path.isfile(path):
+        raise Failure(f"{path}: no such file; train.py writes checkpoints (--out)")
+    try:
+        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception:  # whatever a truncated or foreign file makes the reader raise
+        raise Failure(f"{path}: cannot be read as a checkpoint; truncated, or another program's") from None
+    if not isinstance(ckpt, dict) or "ddpm_format" not in ckpt:
+        raise Failure(f"{path}: a torch file, but not a checkpoint of train.py")
+    if ckpt["ddpm_format"] > FORMAT:
+        raise Failure(f"{path}: its format {ckpt['ddpm_format']} is newer than this program's, "
+                      f"{FORMAT}; update the program")
+    return ckpt
+
+
+def load_model(ckpt, weights="ema", device="cpu"):
+    """The network in eval mode and its diffusion, from a checkpoint."""
+    net = ddpm.UNet(**ckpt["network"])
+    net.load_state_dict(ckpt["ema" if weights == "ema" else "model"])
+    net = net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    return net, make_diffusion(ckpt["config"]["schedule"], ckpt["config"]["timesteps"])
+
+
+def make_diffusion(schedule, T):
+    return ddpm.Diffusion(SCHEDULES[schedule](T))
+
+
+# --- What the commands share ---------------------------------------------------------------------
+
+
+class UsageError(Exception):
+    """The call is wrong: one line, exit status 2."""
+
+
+class Failure(Exception):
+    """The world is: one line, exit status 1."""
+
+
+def run(main, config, description):
+    """main(flags, names of those given); every expected error becomes one line and an exit status."""
+    try:
+        main(*parse_flags(config, description, sys.argv[1:]))
+    except UsageError as error:
+        status, message = 2, error
+    except torch.OutOfMemoryError:
+        status, message = 1, "out of memory on the device; try a smaller --batch-size"
+    except BrokenPipeError:
+        status, message = 1, "nobody reads the output any more"
+    except OSError as error:
+        status, message = 1, f"{error.filename or 'file'}: {error.strerror or error}"
+    except Failure as error:
+        status, message = 1, error
+    except KeyboardInterrupt:
+        status, message = 130, "interrupted"
+    else:
+        return
+    sys.stdout.flush()
+    print(f"{pathlib.Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UsageError(f"{message} (--help lists the flags)")
+
+
+def parse_flags(config, description, argv):
+    """argv as an instance of `config`, a dataclass of `flag`s, and the names of the flags given."""
+    parser = Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    for f in fields(config):
+        kind = typing.get_args(f.type)[0] if isinstance(f.type, types.UnionType) else f.type
+        about, name = f.metadata, "--" + f.name.replace("_", "-")
+        text = about["text"].replace("%", "%%")
+        if f.default not in (None, MISSING, False):
+            text += f" (default: {f.default})"
+        if kind is bool:
+            parser.add_argument(name, dest=f.name, action="store_true", help=text)
+        else:
+            parser.add_argument(name, dest=f.name, type=checked(kind, about), help=text,
+                                required=f.default is MISSING, choices=about["choices"],
+                                metavar=None if about["choices"] else kind.__name__.upper())
+    known, unknown = parser.parse_known_args(argv)
+    if unknown:
+        names = ["--" + f.name.replace("_", "-") for f in fields(config)]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], names, 1)
+        hint = f"; did you mean {near[0]}?" if near else " (--help lists the flags)"
+        raise UsageError(f"unknown argument {unknown[0]}{hint}")
+    return config(**vars(known)), set(vars(known))
+
+
+def checked(kind, about):
+    """An argparse type: text -> kind, inside [low, high]."""
+    low, high = about["low"], about["high"]
+
+    def parse(text):
+        value = kind(text)
+        if not (low is None or value >= low) or not (high is None or value <= high):
+            span = f"at least {low}" if high is None else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text} is impossible; it must be {span}")
+        return value
+
+    parse.__name__ = {int: "whole number", float: "number"}.get(kind, kind.__name__)
+    return parse
+
+
+def pick_device(name):
+    """The torch device called `name`; auto: cuda, else mps, else cpu."""
+    if name == "auto":
+        name = ("cuda" if torch.cuda.is_available()
+                else "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UsageError(f"--device {name}: not on this machine; try cpu") from None
+    return torch.device(name)
+
+
+def writable(path):
+    """Refuses a path that cannot be written, before the work and not after it."""
+    folder = pathlib.Path(path).parent
+    if not folder.is_dir():
+        raise Failure(f"{path}: there is no folder {folder}")
+    if pathlib.Path(path).is_dir():
+        raise Failure(f"{path}: is a folder")
+    if not os.access(folder, os.W_OK):
+        raise Failure(f"{path}: no permission to write there")
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A binary file that takes the place of `path` once it is complete and on disk, or not at all."""
+    path = pathlib.Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException as error:
+        partial.unlink(missing_ok=True)
+        if isinstance(error, RuntimeError):  # how torch.save reports a full disk
+            raise Failure(f"{path}: cannot be written, the disk may be full; nothing changed") from None
+        raise
+
+
+class Progress:
+    """One line that rewrites itself on a terminal; elsewhere a plain line now and then."""
+
+    def __init__(self, what, total, unit, start=0):
+        self.what, self.total, self.unit, self.start = what, total, unit, start
+        self.tty = sys.stderr.isatty()
+        self.began = self.shown = time.monotonic()
+
+    def __call__(self, done, note=""):
+        now = time.monotonic()
+        if now - self.shown < (0.2 if self.tty else 15) and not (self.tty and done == self.total):
+            return
+        self.shown = now
+        rate = (done - self.start) / max(now - self.began, 1e-9)
+        left = duration((self.total - done) / rate) if rate > 0 else "?"
+        line = f"{self.what}: {done / self.total:4.0%}  {note}  {rate:,.0f} {self.unit}/s  {left} left"
+        print(f"\r{line}\x1b[K" if self.tty else line, end="" if self.tty else "\n",
+              file=sys.stderr, flush=True)
+
+    def close(self):
+        if self.tty:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def duration(seconds):
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
+
+
+if __name__ == "__main__":
+    run(main, Config, __doc__)

@@ -1,0 +1,302 @@
+"""Section 8 of ddpm.py: the bound on the likelihood, in bits/dim (eq. 5, eq. 13).
+
+No network is trained: for a single image, and for scalars of a few values, the exact model is known.
+"""
+
+import numpy as np
+import pytest
+import reference_numpy as ref
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from judge import EPS, close, f64, has_mean, rejects, tolerance
+from strategies import every_case, pixels
+from test_6_ancestral import BRUTAL, generator, image_model
+
+import ddpm
+
+means = st.floats(-1.5, 1.5)
+variances = st.floats(1e-6, 10)
+LN2 = np.log(2)
+
+
+def level(k):
+    """The value of level k = 0..255 in [-1, 1]."""
+    return -1 + 2 * np.asarray(k) / 255
+
+
+# --- The KL divergence ---------------------------------------------------------------------------
+
+
+@given(m1=means, v1=variances, m2=means, v2=variances)
+def test_kl_of_two_gaussians_is_cross_entropy_minus_entropy(m1, v1, m2, v2):
+    """E_1[log p_1 - log p_2] in nats; the error is relative to the terms that cancel."""
+    scale = 1 + abs(np.log(v1)) + abs(np.log(v2)) + (v1 + (m1 - m2) ** 2) / v2
+    close("KL", ddpm.normal_kl(*f64(m1, v1, m2, v2)), ref.gaussian_kl(m1, v1, m2, v2), 8 * EPS, scale)
+
+
+@given(m1=means, v1=variances, m2=means, v2=variances)
+def test_kl_is_not_negative_and_zero_for_equal_distributions(m1, v1, m2, v2):
+    """KL(p || q) >= 0, KL(p || p) = 0."""
+    assert ddpm.normal_kl(*f64(m1, v1, m2, v2)) >= -8 * EPS
+    assert ddpm.normal_kl(*f64(m1, v1, m1, v1)) == 0
+
+
+# --- The decoder ---------------------------------------------------------------------------------
+
+
+@given(k=st.integers(0, 255), mean=means, var=variances)
+def test_eq13_decoder_is_the_mass_of_the_levels_bin(k, mean, var):
+    """log of the mass from x0 - 1/255 to x0 + 1/255, to infinity for levels 0 and 255; in both tails.
+
+    A bin is the difference of two values of log Phi, each rounded: relative to its width in units of
+    log Phi the error is eps |log Phi| / width, and the width is at least 1 / (255 sigma) / 10.
+    """
+    want = ref.decoder_log_prob(k, mean, var)
+    got = ddpm.discretized_log_likelihood(f64(level(k)), f64(mean), f64(var))
+    close("log p(x0 | x1)", got, want, 32 * EPS, (1 + abs(want)) * (1 + 2550 * var**0.5))
+
+
+@given(mean=means, var=variances)
+def test_eq13_decoder_probabilities_of_the_256_levels_sum_to_1(mean, var):
+    """The bins tile the line: nothing is lost, nothing is counted twice."""
+    x0 = torch.from_numpy(level(range(256)))
+    log_p = ddpm.discretized_log_likelihood(x0, f64(mean).expand(256), f64(var).expand(256))
+    close("sum of p", log_p.exp().sum(), 1, 256 * 1e3 * EPS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("miss", [0.05, 0.5, 2.0])
+def test_eq13_decoder_still_teaches_when_it_is_far_off(miss, dtype):
+    """A miss of up to 200 sigma costs miss^2 / (2 sigma^2) nats and its gradient is miss / sigma^2,
+    to some per cent: no floor at 1e-12, whose gradient is zero."""
+    mean = torch.tensor([1 / 255 - miss], dtype=dtype, requires_grad=True)
+    x0, var = torch.tensor([1 / 255], dtype=dtype), torch.tensor([1e-4], dtype=dtype)
+    log_p = ddpm.discretized_log_likelihood(x0, mean, var)
+    log_p.backward()
+    near = miss - 1 / 255  # the bin's near edge, where its mass lies
+    assert -0.6 * (near + 0.01) ** 2 / 1e-4 - 5 < log_p < -0.4 * near**2 / 1e-4
+    close("gradient", mean.grad, near / 1e-4, 0.1, near / 1e-4 + 100)
+
+
+@pytest.mark.parametrize("k", [0, 255])
+def test_eq13_end_levels_reach_to_infinity(k):
+    """A mean far beyond the end of the range makes level 0 or 255 certain."""
+    beyond = f64(-3.0 if k == 0 else 3.0)
+    assert ddpm.discretized_log_likelihood(f64(level(k)), beyond, f64(0.01)).abs() < 1e-80  # the tail beyond 20 sigma
+
+
+# --- The terms of the bound ----------------------------------------------------------------------
+
+
+def terms_of(case_or_beta, k, model, tables=("beta", "beta_tilde"), **how):
+    """bound_terms of the levels k, each an image of one pixel, and the xt that the model saw."""
+    d, seen = ddpm.Diffusion(getattr(case_or_beta, "beta", case_or_beta)), {}
+
+    def recording(xt, t):
+        seen[int(t[0])] = xt
+        return model(xt, t)
+
+    x0 = torch.from_numpy(level(k))[:, None]
+    terms = ddpm.bound_terms(recording, d, x0, [getattr(d, name) for name in tables], **how)
+    return terms, seen, d
+
+
+@every_case
+def test_eq5_with_exact_eps_sigma2_beta_tilde_makes_the_kl_terms_vanish(case):
+    """One image: mu_theta = mu_tilde, so L_1 .. L_{T-1} = 0; what is left is decoder and prior."""
+    if case.T > 50:
+        return
+    k = [51, 204]
+    model = image_model(case.beta, torch.from_numpy(level(k))[:, None])
+    terms, _, d = terms_of(case, k, model, clip=False)
+    # mu_theta - mu_tilde is rounding, magnified by 1 / sqrt(alpha_bar_t), against a variance of
+    # beta_tilde_t >= beta_2 beta_1 / 2 or so
+    signal, _ = ref.forward_moments(case.beta)
+    slack = (1e3 * EPS / signal[1:-1] + tolerance(case)) ** 2 / d.beta_tilde[2:].numpy()
+    assert (terms[1, :, 1:-1].numpy() <= 8 * EPS + slack).all()
+
+
+@every_case
+def test_eq5_with_exact_eps_sigma2_beta_costs_the_kl_of_the_two_variances(case):
+    """One image: L_{t-1} = KL(N(0, beta_tilde_t) || N(0, beta_t)), in bits, whatever the image."""
+    if case.T > 50:
+        return
+    k = [51, 204]
+    model = image_model(case.beta, torch.from_numpy(level(k))[:, None])
+    terms, _, d = terms_of(case, k, model, clip=False)
+    signal, _ = ref.forward_moments(case.beta)
+    for t in range(2, case.T + 1):
+        var = ref.posterior(case.beta, t)[2]
+        want = ref.gaussian_kl(0, var, 0, case.beta[t]) / LN2
+        slack = 8 * EPS * (1 + abs(np.log(var)) + abs(np.log(case.beta[t]))) + tolerance(case)
+        slack += (1e3 * EPS / signal[t] + tolerance(case)) ** 2 / case.beta[t]
+        close(f"L_{t - 1}", terms[0, :, t - 1], want, slack, 1.0)
+
+
+def test_eq5_constants_of_the_papers_schedule():
+    """T = 1000, exact eps: the KL terms sum to 0 (beta_tilde) and 0.4864 bits/dim (beta);
+    L_T = 2.91e-5 bits/dim at |x0| = 1."""
+    beta, k = ref.linear_beta(1000), [0, 255]
+    terms, _, _ = terms_of(beta, k, image_model(beta, f64([-1], [1])))
+    close("sum of L_1 .. L_999, beta", terms[0, :, 1:1000].sum(1), 0.4864, 0.5e-4, 1.0)
+    close("sum of L_1 .. L_999, beta_tilde", terms[1, :, 1:1000].sum(1), 0, 1e-9, 1.0)
+    close("L_T", terms[:, :, 1000], 2.91e-5, 0.005e-5, 1.0)
+
+
+@every_case
+def test_eq5_prior_term_is_the_kl_from_the_last_step_to_the_standard_normal(case):
+    """L_T = KL(q(x_T | x0) || N(0, 1)), in bits, for each image of its own."""
+    if case.T > 50:
+        return
+    k = np.array([0, 100, 255])
+    terms, _, _ = terms_of(case, k, lambda xt, t: torch.zeros_like(xt))
+    signal, noise = ref.forward_moments(case.beta)
+    want = ref.gaussian_kl(signal[-1] * level(k), noise[-1], 0, 1) / LN2
+    scale = 1 + abs(np.log(noise[-1]))
+    close("L_T", terms[:, :, -1], want, tolerance(case) + 8 * EPS, scale)
+
+
+@every_case
+def test_eq5_each_kl_term_compares_the_posterior_with_the_models_step_at_the_same_xt(case):
+    """L_{t-1} = KL(N(mu_tilde, beta_tilde_t) || N(mu_theta, sigma_t^2)) at the xt the model saw."""
+    if case.T > 50:
+        return
+    k = np.array([30, 220])
+    terms, seen, d = terms_of(case, k, lambda xt, t: 0.5 * xt, clip=False)
+    for t in range(2, case.T + 1):
+        c_0, c_t, var = ref.posterior(case.beta, t)
+        xt = seen[t][:, 0].numpy()
+        mean = d.p_mean(f64(*xt), t, f64(*(0.5 * xt)), clip=False).numpy()
+        for row, sigma2 in enumerate((case.beta[t], var)):
+            want = ref.gaussian_kl(c_0 * level(k) + c_t * xt, var, mean, sigma2) / LN2
+            scale = 1 + abs(np.log(var)) + abs(np.log(sigma2)) + (var + (3 + mean) ** 2) / sigma2
+            close(f"L_{t - 1}", terms[row, :, t - 1], want, 8 * tolerance(case), scale)
+
+
+@every_case
+def test_eq5_each_xt_is_drawn_from_q_of_its_own_image(case):
+    """xt - sqrt(alpha_bar_t) x0 is sqrt(1 - alpha_bar_t) times noise of ordinary size, at every t."""
+    if case.T > 50:
+        return
+    k = np.array([0, 255])
+    _, seen, _ = terms_of(case, k, lambda xt, t: 0.0 * xt, generator=generator())
+    signal, noise = ref.forward_moments(case.beta)
+    assert sorted(seen) == list(range(1, case.T + 1))
+    for t, xt in seen.items():
+        eps = (xt[:, 0].numpy() - signal[t] * level(k)) / noise[t] ** 0.5
+        assert (abs(eps) < 8).all() and eps[0] != eps[1], f"t = {t}: eps = {eps}"
+
+
+@pytest.mark.parametrize("table", ["beta", "beta_tilde"])
+def test_eq13_decoder_variance_is_beta_tilde_2_for_both_choices_of_sigma(table):
+    """L_0 = -log2 of the mass of N(mu_theta, beta_tilde_2) on x0's bin; beta_tilde_1 is 0, and beta_1
+    is not what the paper's results were made with. With T = 1 there is only beta_1."""
+    k = np.array([0, 77, 255])
+    for beta in (BRUTAL, np.array([0, 0.3])):
+        d = ddpm.Diffusion(beta)
+        var = d.beta_tilde[2].item() if d.T > 1 else beta[1]
+        terms, seen, _ = terms_of(beta, k, lambda xt, t: 0.5 * xt, [table])
+        x1 = seen[1]
+        mean = d.p_mean(x1, 1, 0.5 * x1)[:, 0].numpy()
+        want = -ref.decoder_log_prob(k, mean, var) / LN2
+        close("L_0", terms[0, :, 0], want, 1e-9, 1 + abs(want))
+
+
+@given(k=pixels())
+def test_eq5_terms_are_bits_per_dimension_of_each_image(k):
+    """Pixels repeated side by side leave each image's terms as they are: a mean over dimensions, and
+    never over images; columns L_0 .. L_T, a row per table, on the same draws."""
+    d = ddpm.Diffusion(BRUTAL)
+    x0 = torch.from_numpy(level(k))[:, None, None].repeat(1, 2, 3)
+    terms = ddpm.bound_terms(lambda xt, t: d.eps_from_x0(xt, int(t[0]), x0 * 0.5), d, x0,
+                             [d.beta, d.beta_tilde], clip=False)  # fmt: skip
+    assert terms.shape == (2, len(k), 5) and terms.dtype == torch.float64
+    assert torch.equal(terms[0, :, 0], terms[1, :, 0])  # L_0: the same decoder, the same x1
+    assert torch.equal(terms[0, :, -1], terms[1, :, -1])  # L_T has no variance to choose
+    for t in (2, 3, 4):  # this model's x0 is half the true one, so its mean is off by c_0 x0 / 2
+        c_0, _, var = ref.posterior(BRUTAL, t)
+        want = ref.gaussian_kl(c_0 * level(k) / 2, var, 0, BRUTAL[t]) / LN2
+        close(f"L_{t - 1}", terms[0, :, t - 1], want, 1e-9, 1.0)
+
+
+def test_bound_clips_x0_as_the_sampler_does():
+    """A model whose x0 is 3 is judged, by default, as one whose x0 is 1: exact, for a white image."""
+    d, white = ddpm.Diffusion(BRUTAL), torch.ones(4, 1, dtype=torch.float64)
+
+    def model(xt, t):
+        return d.eps_from_x0(xt, int(t[0]), 3 * white)
+
+    clipped = ddpm.bound_terms(model, d, white, [d.beta_tilde])
+    free = ddpm.bound_terms(model, d, white, [d.beta_tilde], clip=False)
+    close("L_1 .. L_{T-1}", clipped[0, :, 1:-1], 0, 1e-12, 1.0)
+    assert (free[0, :, 1:-1] > 0.05).all()
+
+
+def test_bound_refuses_pixels_outside_1():
+    """0..255, or any other range, is not what eq. 13 is about."""
+    d = ddpm.Diffusion(BRUTAL)
+    with pytest.raises(AssertionError):
+        ddpm.bound_terms(lambda xt, t: xt, d, torch.full((1, 1), 1.01), [d.beta])
+
+
+def test_bound_draws_from_the_generators_it_is_given():
+    """The same generators, the same terms; the global seed does not matter; no graph is kept."""
+    d, x0, w = ddpm.Diffusion(BRUTAL), torch.zeros(2, 3), torch.ones((), requires_grad=True)
+
+    def draw():
+        return ddpm.bound_terms(lambda xt, t: w * xt, d, x0, [d.beta],
+                                generator=[generator(1), generator(2)])  # fmt: skip
+
+    a, b = draw(), draw()
+    assert torch.equal(a, b) and not a.requires_grad
+
+
+LEVELS, WEIGHTS = np.array([40, 120, 200]), np.array([0.5, 0.3, 0.2])
+MILD = np.array([0, 0.02, 0.05, 0.2, 0.5, 0.7])
+
+
+def exact_model(beta):
+    """E[eps | xt] for scalars on three levels."""
+    points, none = level(LEVELS), np.zeros(3)
+    return lambda xt, t: torch.from_numpy(
+        ref.eps_mixture(beta, int(t[0]), xt.numpy(), WEIGHTS, points, none))
+
+
+def monte_carlo_terms(generator_seed=3):
+    rng = np.random.default_rng([generator_seed, abs(hash("levels")) * 0])
+    k = rng.choice(LEVELS, p=WEIGHTS, size=20_000)
+    return terms_of(MILD, k, exact_model(MILD), clip=False, generator=generator(generator_seed))
+
+
+def test_eq5_bound_has_the_predicted_terms_and_is_above_the_entropy():
+    """Scalars on three levels, exact eps: every term by Monte Carlo agrees with quadrature, and the
+    bound is above the entropy of the data by the predicted gap."""
+    terms, _, d = monte_carlo_terms()
+    entropy = ref.entropy_bits(WEIGHTS)
+    for row, sigma2 in enumerate((d.beta, d.beta_tilde)):
+        want = ref.bound_terms_discrete(MILD, sigma2.numpy(), d.beta_tilde[2].item(), LEVELS, WEIGHTS)
+        for t in range(d.T):
+            has_mean(f"L_{t}", terms[row, :, t], want[t])
+        has_mean("the bound", terms[row].sum(1), want.sum())
+        assert want.sum() > entropy, "the reference's own bound is below the entropy"
+        assert terms[row].sum(1).mean() > entropy
+
+
+@pytest.mark.parametrize("fault", ["nats stand for bits", "the KL is taken the wrong way round",
+                                   "L_0 is left out", "sigma^2 is read at t - 1"])  # fmt: skip
+def test_bound_statistics_reject_a_bound_in_which(fault):
+    """Negative control: the test above would see each of these faults."""
+    terms, seen, d = monte_carlo_terms()
+    want = ref.bound_terms_discrete(MILD, MILD, d.beta_tilde[2].item(), LEVELS, WEIGHTS)
+    wrong = terms[0].numpy().copy()
+    if fault.startswith("nats"):
+        wrong *= LN2
+    elif fault.startswith("L_0"):
+        wrong[:, 0] = 0
+    else:
+        sigma2 = MILD[2] if fault.startswith("sigma") else MILD[3]
+        var, gap = d.beta_tilde[3].item(), 0.0
+        args = (gap, var, 0, sigma2) if fault.startswith("sigma") else (0, sigma2, gap, var)
+        wrong[:, 2] += (ref.gaussian_kl(*args) - ref.gaussian_kl(gap, var, 0, MILD[3])) / LN2
+    assert rejects(has_mean, fault, wrong.sum(1), want.sum())

@@ -1,0 +1,480 @@
+"""Trains a DDPM on built-in glyphs, on CIFAR-10, or on a folder of images.
+
+    python train.py --epochs 5                           glyphs: nothing to download, no GPU needed
+    python train.py --data cifar10 --epochs 100          the paper's network and settings
+    python train.py --data path/to/images --size 64      anyone's images
+    python train.py --resume ckpt.pt                     goes on, bit for bit, where it stopped
+    torchrun --nproc-per-node 4 train.py --data cifar10  several GPUs: the same run, faster
+"""
+
+import concurrent.futures
+import copy
+import functools
+import hashlib
+import http.client
+import json
+import math
+import os
+import pathlib
+import signal
+import sys
+import tarfile
+import time
+import urllib.error
+import urllib.request
+from dataclasses import asdict, dataclass, fields, replace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+import ddpm
+import sample
+from sample import Failure, Progress, UsageError, duration, flag, replacing
+
+# What suits each kind of data: the paper's settings (App. B), and a small network's for the glyphs.
+PAPER = dict(batch_size=128, lr=2e-4, warmup=5000, decay="none", ema=0.9999, dropout=0.1,
+             flip="yes", schedule="linear", width=128)
+RECIPES = {
+    "glyphs": dict(batch_size=64, lr=4e-3, warmup=100, decay="cosine", ema=0.999, dropout=0.0,
+                   flip="no", schedule="cosine", width=32),
+    "cifar10": PAPER,
+    "folder": PAPER,
+}
+
+
+def own(name, text, **limits):
+    """A flag whose default is the data's own."""
+    glyphs, paper = RECIPES["glyphs"][name], PAPER[name]
+    return flag(None, f"{text} (default: {paper}; glyphs: {glyphs})", **limits)
+
+
+@dataclass(frozen=True)
+class Config:
+    data: str = flag("glyphs", "glyphs: built in; cifar10: found in or downloaded to --data-dir; "
+                               "or a folder of images, read recursively")
+    data_dir: str = flag("data", "where cifar10 is or goes, and the cache of image folders")
+    size: str | None = flag(None, "of a folder's images, cropped to S or HxW (default: 32)")
+    channels: int | None = flag(None, "of a folder's images: 3 colour, 1 grey (default: 3)",
+                                choices=(1, 3))
+    skip_broken: bool = flag(False, "leave out a folder's files that are no images")
+    limit: int | None = flag(None, "train on the first so many images only", low=1)
+    epochs: int = flag(100, "passes over the data, in all", low=1)
+    batch_size: int | None = own("batch_size", "images a step, over all processes", low=1)
+    lr: float | None = own("lr", "Adam's learning rate", low=0)
+    warmup: int | None = own("warmup", "steps in which it rises from 0", low=0)
+    decay: str | None = own("decay", "how it falls to 0 over the run", choices=("none", "cosine"))
+    ema: float | None = own("ema", "decay of the moving average of the weights; at update n, "
+                                   "(1 + n) / (10 + n) if less", low=0, high=1)
+    dropout: float | None = own("dropout", "in the residual blocks", low=0, high=0.999)
+    flip: str | None = own("flip", "mirror images at random", choices=("yes", "no"))
+    schedule: str | None = own("schedule", "of the noise", choices=tuple(sample.SCHEDULES))
+    timesteps: int = flag(1000, "T, the steps of the diffusion", low=1)
+    width: int | None = own("width", "channels at full resolution", low=4)
+    seed: int = flag(0, "of the weights and of all that is drawn", low=0, high=2**31)
+    device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps, ..")
+    precision: str = flag("auto", "auto: bf16 where the GPU has it", choices=("auto", "fp32", "bf16"))
+    compile: bool = flag(False, "torch.compile the network: slow to start, faster on a GPU")
+    out: str = flag("ckpt.pt", "checkpoint to write; sample grids go beside it")
+    resume: str | None = flag(None, "checkpoint to go on from, with its settings; it is also --out")
+    sample_every: int | None = flag(None, "epochs between sample grids, 0 for none "
+                                          "(default: a tenth of --epochs)", low=0)
+    log: str | None = flag(None, "append a JSON line per progress report to this file")
+
+
+def main(cfg, given):
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    saved = sample.load_checkpoint(cfg.resume) if cfg.resume else None
+    cfg = resumed(cfg, given, saved) if saved else with_recipe(cfg)
+    device = sample.pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if world > 1 and cfg.device == "auto"
+                                and torch.cuda.is_available() else cfg.device)
+    for path in filter(None, (cfg.out, cfg.log)):
+        sample.writable(path)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if rank > 0:
+            dist.barrier()  # the first process downloads and decodes, the others read its files
+    images, labels, classes = load_data(cfg, train=True)
+    if world > 1 and rank == 0:
+        dist.barrier()
+    shape, N, B = tuple(images.shape[1:]), len(images), cfg.batch_size
+    if B % world:
+        raise UsageError(f"--batch-size {B} cannot be shared evenly by {world} processes")
+    bf16 = cfg.precision == "bf16" or (
+        cfg.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
+    torch.set_float32_matmul_precision("high" if bf16 else "highest")
+
+    torch.manual_seed(mixed(cfg.seed, 0))
+    network = saved["network"] if saved else network_for(cfg, shape, len(classes))
+    net = ddpm.UNet(**network).to(device, memory_format=torch.channels_last)
+    ema = copy.deepcopy(net).eval().requires_grad_(False)
+    d = sample.make_diffusion(cfg.schedule, cfg.timesteps)
+    params = list(net.parameters())
+    optimizer = torch.optim.Adam(params, cfg.lr, fused=device.type in ("cuda", "cpu"))
+    step = 0
+    if saved:
+        net.load_state_dict(saved["model"])
+        ema.load_state_dict(saved["ema"])
+        optimizer.load_state_dict(saved["optimizer"])
+        step = saved["step"]
+    steps = math.ceil(cfg.epochs * N / B)
+    if step >= steps:
+        raise UsageError(f"{cfg.resume} has done its {cfg.epochs} epochs; ask for more with --epochs")
+    model = torch.compile(net) if cfg.compile else net
+    if world > 1:
+        model = torch.nn.parallel.DistributedDataParallel(model)
+    if device.type == "cuda" and images.nbytes < 0.25 * torch.cuda.mem_get_info(device)[0]:
+        images, labels = images.to(device), labels if labels is None else labels.to(device)
+    if rank == 0:
+        describe(cfg, shape, N, classes, params, d, device, bf16, step, steps)
+
+    def batch(step):
+        """x0, labels, t and eps of a step: functions of seed and step alone, whatever the world."""
+        torch.manual_seed(mixed(cfg.seed, 1, step))
+        mine = slice(rank * B // world, (rank + 1) * B // world)
+        i = places(step, B, N, cfg.seed)[mine].to(images.device, non_blocking=True)
+        x0 = images[i].to(device, non_blocking=True).float() / 127.5 - 1
+        y = None if labels is None else labels[i].to(device, non_blocking=True)
+        if cfg.flip == "yes":
+            mirror = (torch.rand(B) < 0.5)[mine].to(device, non_blocking=True)
+            x0 = torch.where(mirror[:, None, None, None], x0.flip(3), x0)
+        t = torch.randint(1, d.T + 1, (B,))[mine]
+        eps = torch.randn(B, *shape, device=device)[mine]
+        return x0.contiguous(memory_format=torch.channels_last), y, t, eps
+
+    def save():
+        if rank == 0:
+            with replacing(cfg.out) as file:
+                torch.save(dict(ddpm_format=sample.FORMAT, config=asdict(cfg), network=network,
+                                shape=shape, classes=classes, step=step, model=net.state_dict(),
+                                ema=ema.state_dict(), optimizer=optimizer.state_dict()), file)
+
+    def draw_grid(epoch):
+        if rank == 0:
+            y = sample.class_labels(sample.Config("", ""), classes)
+            x0 = sample.sample(ema, d, shape, range(len(y)), y if classes else None, min(50, d.T))
+            path = pathlib.Path(cfg.out).with_suffix(f".{epoch:04d}.png")
+            with replacing(path) as file:
+                sample.grid(sample.to_uint8(x0), len(classes) or 8).save(file, "PNG")
+
+    stop = []
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, lambda number, frame: stop.append(number))
+    progress = Progress("training", steps, "steps", step) if rank == 0 else None
+    every = cfg.epochs // 10 or 1 if cfg.sample_every is None else cfg.sample_every
+    losses, since = torch.zeros(2, device=device), (step, time.monotonic())
+    seen, saved_at, epoch_began = torch.zeros(2), time.monotonic(), time.monotonic()
+    model.train()
+    while step < steps:
+        x0, y, t, eps = batch(step)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            loss = ddpm.loss_simple(lambda xt, t, y=y: model(xt, t, y), d, x0, t, eps)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.param_groups[0]["lr"] = rate(cfg, step, steps)
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        decay = min(cfg.ema, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(ema.parameters()), params, 1 - decay)
+        losses += torch.stack([loss.detach(), torch.ones_like(loss)])
+
+        # Nothing above waits for the device; reading the loss does, so it is read now and then.
+        epoch, epoch_ends = step * B // N, step * B // N > (step - 1) * B // N or step == steps
+        now = time.monotonic()
+        if not (epoch_ends or step % 50 == 0 or world == 1 and (stop or now - since[1] > 5)):
+            continue
+        if world > 1:
+            everyone = torch.cat([losses, torch.tensor([float(len(stop))], device=device)])
+            dist.all_reduce(everyone)
+            losses, stop = everyone[:2], stop or [signal.SIGTERM] * int(everyone[2] > 0)
+        if not losses.isfinite().all():
+            raise Failure(f"the loss is not finite at step {step}: a lower --lr or a longer --warmup "
+                          f"may help; {cfg.out} has not been touched since its last good state")
+        mean, seen = (losses[0] / losses[1]).item(), seen + losses.cpu()
+        now, speed = time.monotonic(), (step - since[0]) * B / (time.monotonic() - since[1])
+        losses, since = torch.zeros_like(losses), (step, now)
+        if rank == 0:
+            progress(step, f"epoch {epoch + (not epoch_ends)} of {cfg.epochs}  loss {mean:.4f}")
+            if cfg.log:
+                with open(cfg.log, "a") as file:
+                    print(json.dumps(dict(step=step, epoch=step * B / N, loss=mean, images_per_s=speed,
+                                          lr=rate(cfg, step - 1, steps))), file=file)
+        if epoch_ends and rank == 0:
+            progress.close()
+            print(f"epoch {min(epoch, cfg.epochs)} of {cfg.epochs}: loss {seen[0] / seen[1]:.4f}, "
+                  f"{duration(now - epoch_began)}", flush=True)
+            seen, epoch_began = torch.zeros(2), now
+        grid_due = epoch_ends and every and (epoch % every == 0 or step == steps)
+        if stop or grid_due or step == steps or now - saved_at > 600:
+            save()
+            saved_at = now
+        if stop:
+            if rank == 0:
+                progress.close()
+                print(f"stopped at step {step} of {steps}; go on with --resume {cfg.out}")
+            raise KeyboardInterrupt
+        if grid_due:
+            draw_grid(epoch)
+    if rank == 0:
+        print(f"{cfg.out}: {cfg.epochs} epochs, {steps} steps; now: python sample.py --ckpt {cfg.out} "
+              f"--out grid.png")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+# --- Settings ------------------------------------------------------------------------------------
+
+
+def kind(data):
+    return data if data in RECIPES and data != "folder" else "folder"
+
+
+def with_recipe(cfg):
+    """cfg, with the data's own settings where none were given."""
+    if kind(cfg.data) != "folder":
+        for name in ("size", "channels"):
+            if getattr(cfg, name) is not None:
+                raise UsageError(f"--{name} is for a folder of images; {cfg.data} has its own")
+    recipe = RECIPES[kind(cfg.data)]
+    return replace(cfg, **{k: v for k, v in recipe.items() if getattr(cfg, k) is None})
+
+
+def resumed(cfg, given, saved):
+    """The saved run's settings, changed by the flags given now, where a run can change."""
+    for name in ("data", "size", "channels", "limit", "seed", "batch_size", "schedule", "timesteps",
+                 "width", "dropout"):
+        if name in given and getattr(cfg, name) != saved["config"][name]:
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: the run to resume has "
+                             f"{saved['config'][name]}, and cannot change it")
+    known = {f.name for f in fields(Config)}
+    settings = {k: v for k, v in saved["config"].items() if k in known}
+    settings.update({k: getattr(cfg, k) for k in given}, resume=cfg.resume)
+    if "out" not in given:
+        settings["out"] = cfg.resume
+    return Config(**settings)
+
+
+def network_for(cfg, shape, classes):
+    """The arguments of UNet for images (C, H, W): the paper's networks; a small one for glyphs."""
+    C, H, W = shape
+    side = max(H, W)
+    if cfg.data == "glyphs":
+        mult, blocks = (1, 2, 2), 1
+    else:  # the paper's for 32x32 and for 256x256, and the shorter of the latter in between
+        mult, blocks = (1, 2, 2, 2) if side <= 64 else (1, 1, 2, 2, 4, 4)[: 5 + (side > 128)], 2
+    factor = 2 ** (len(mult) - 1)
+    if H % factor or W % factor:
+        down, up = f"{H // factor * factor}x{W // factor * factor}", \
+            f"{-(-H // factor) * factor}x{-(-W // factor) * factor}"
+        raise UsageError(f"--size {H}x{W}: the network needs multiples of {factor}; "
+                         f"try {down if min(H, W) >= factor else up} or {up}")
+    if cfg.width % 4:
+        raise UsageError(f"--width {cfg.width}: must be a multiple of 4")
+    attention = min(len(mult) - 1, max(0, math.ceil(math.log2(side / 16))))
+    if cfg.data == "glyphs":
+        attention = 1
+    return dict(in_channels=C, ch=cfg.width, mult=mult, blocks=blocks, attention=(attention,),
+                dropout=cfg.dropout, groups=math.gcd(32, cfg.width), num_classes=classes or None)
+
+
+def rate(cfg, step, steps):
+    """The learning rate of a step."""
+    warm = min(1.0, (step + 1) / cfg.warmup) if cfg.warmup else 1.0
+    return cfg.lr * warm * (0.5 + 0.5 * math.cos(math.pi * step / steps) if cfg.decay == "cosine" else 1)
+
+
+def describe(cfg, shape, N, classes, params, d, device, bf16, step, steps):
+    C, H, W = shape
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    print(f"{cfg.data}: {N:,} images, {H}x{W}x{C}" + (f", {len(classes)} classes" if classes else ""))
+    print(f"UNet with {sum(p.numel() for p in params):,} parameters on {name}, "
+          f"{'bf16' if bf16 else 'fp32'}; {cfg.schedule} schedule, T = {d.T}")
+    print(f"batch {cfg.batch_size}, lr {cfg.lr:g}, warm-up {cfg.warmup}, decay {cfg.decay}, "
+          f"ema {cfg.ema:g}, dropout {cfg.dropout:g}, flip {cfg.flip}, seed {cfg.seed}")
+    print(f"{cfg.epochs} epochs, {steps:,} steps" + (f", from step {step:,}" if step else ""), flush=True)
+    if d.alpha_bar[-1] > 0.01:
+        print(f"note: alpha_bar_T = {d.alpha_bar[-1]:.2g}, so x_T is not yet noise and samples will be "
+              f"poor; a longer --timesteps or --schedule cosine helps", file=sys.stderr)
+
+
+# --- Data: uint8 (N, C, H, W), labels (N,) or None, names of the classes -------------------------
+
+
+def load_data(cfg, train):
+    """The training images of cfg.data, or the ones held out (a folder holds none out: all)."""
+    if cfg.data == "glyphs":
+        images, labels = draw_glyphs(20_000 if train else 2_000, seed=0 if train else 1)
+        images, labels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels).long()
+        return images[: cfg.limit], labels[: cfg.limit], list(GLYPHS)
+    if cfg.data == "cifar10":
+        return torch.from_numpy(load_cifar10(cfg.data_dir, train))[: cfg.limit], None, []
+    images = load_folder(cfg.data, parse_size(cfg.size or "32"), cfg.channels or 3, cfg.data_dir,
+                         cfg.skip_broken)
+    return torch.from_numpy(images)[: cfg.limit], None, []
+
+
+GLYPHS = "0123456789"
+
+
+def draw_glyphs(n, seed):
+    """uint8 images (n, 16, 16, 1) and labels (n,)."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, len(GLYPHS), n).astype(np.uint8)
+    images = np.empty((n, 16, 16, 1), np.uint8)
+    font = ImageFont.load_default(size=13)
+    for i, k in enumerate(labels):
+        im = Image.new("L", (16, 16))
+        ImageDraw.Draw(im).text((8, 8), GLYPHS[k], 255, font=font, anchor="mm")
+        images[i, :, :, 0] = np.asarray(im.rotate(rng.uniform(-15, 15), Image.BICUBIC))
+    return images, labels
+
+
+CIFAR10 = "cifar-10-batches-bin"
+CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"  # as published beside it
+CIFAR10_BYTES = 10_000 * 3073  # of each file: a label and 3 x 32 x 32 pixels an image
+
+
+def load_cifar10(data_dir, train):
+    """CIFAR-10's binary version, found in data_dir, or downloaded to it: uint8 (N, 3, 32, 32)."""
+    names = [f"data_batch_{i}.bin" for i in range(1, 6)] if train else ["test_batch.bin"]
+    root = pathlib.Path(data_dir)
+    folder = root if (root / names[0]).is_file() else root / CIFAR10
+    if not folder.is_dir():
+        unpack_cifar10(root)
+    rows = []
+    for name in names:
+        raw = np.fromfile(folder / name, np.uint8)
+        if len(raw) != CIFAR10_BYTES:
+            raise Failure(f"{folder / name}: {len(raw):,} bytes, not {CIFAR10_BYTES:,}; damaged: "
+                          f"delete {folder} and let it be downloaded again")
+        rows.append(raw.reshape(-1, 3073)[:, 1:])
+    return np.concatenate(rows).reshape(-1, 3, 32, 32)
+
+
+def unpack_cifar10(root):
+    """Downloads the archive where it is missing, and unpacks the six files that are used."""
+    archive = root / CIFAR10_URL.rsplit("/")[-1]
+    root.mkdir(parents=True, exist_ok=True)
+    if not archive.is_file():
+        download(CIFAR10_URL, archive)
+    with open(archive, "rb") as file:
+        if hashlib.file_digest(file, "md5").hexdigest() != CIFAR10_MD5:
+            raise Failure(f"{archive}: not the published file (its MD5 differs); delete it and try again")
+    folder, partial = root / CIFAR10, root / f".{CIFAR10}.{os.getpid()}"
+    partial.mkdir()
+    with tarfile.open(archive) as tar:
+        for name in [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]:
+            (partial / name).write_bytes(tar.extractfile(f"{CIFAR10}/{name}").read())
+    partial.rename(folder)
+
+
+def download(url, path):
+    try:
+        with urllib.request.urlopen(url, timeout=30) as reply, replacing(path) as file:
+            total, done = int(reply.headers["Content-Length"]), 0
+            progress = Progress(f"downloading {path.name}", total, "bytes")
+            while chunk := reply.read(1 << 20):
+                file.write(chunk)
+                done += len(chunk)
+                progress(done)
+            progress.close()
+    except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
+        raise Failure(
+            f"cannot download CIFAR-10 ({getattr(error, 'reason', error)}): connect to a network; or put "
+            f"{url} at {path}; or name the folder that holds {CIFAR10}/ with --data-dir") from None
+
+
+def parse_size(text):
+    try:
+        H, W = (int(side) for side in (text.lower().split("x") * 2)[:2])
+        if H < 1 or W < 1 or text.lower().count("x") > 1:
+            raise ValueError
+    except ValueError:
+        raise UsageError(f"--size {text}: must be one number or HEIGHTxWIDTH, such as 64 or 48x64") from None
+    return H, W
+
+
+def load_folder(folder, size, channels, cache_dir, skip_broken):
+    """Every image under `folder`, centre-cropped: a memory-mapped uint8 (N, C, H, W) cache of them."""
+    root, (H, W) = pathlib.Path(folder), size
+    if not root.is_dir():
+        raise Failure(f"--data {folder}: neither glyphs nor cifar10, and there is no such folder")
+    files = sorted(p for p in root.rglob("*")
+                   if p.is_file() and not any(s.startswith(".") for s in p.relative_to(root).parts))
+    if not files:
+        raise Failure(f"--data {folder}: there are no images in it")
+    listing = [(str(p.relative_to(root)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    key = hashlib.sha256(repr((listing, size, channels)).encode()).hexdigest()[:16]
+    cache = pathlib.Path(cache_dir) / f"{root.resolve().name}-{H}x{W}x{channels}-{key}.u8"
+    if not cache.is_file():
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        decode_folder(files, size, channels, cache, skip_broken)
+    return np.memmap(cache, np.uint8, "c").reshape(-1, channels, H, W)
+
+
+def decode_folder(files, size, channels, cache, skip_broken):
+    progress, broken = Progress("reading images", len(files), "images"), []
+    with (replacing(cache) as out, concurrent.futures.ThreadPoolExecutor() as pool):
+        for i, pixels in enumerate(pool.map(lambda path: decode(path, size, channels), files)):
+            if isinstance(pixels, str):
+                broken.append(files[i])
+                if not skip_broken:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise Failure(f"{files[i]}: {pixels}; remove it, or leave such files out with "
+                                  f"--skip-broken")
+            else:
+                out.write(pixels)
+            progress(i + 1)
+        if len(broken) == len(files):
+            raise Failure(f"{files[0].parent}: none of its {len(files)} files is an image")
+    progress.close()
+    if broken:
+        print(f"left out {len(broken)} of {len(files)} files that are no images, such as {broken[0]}",
+              file=sys.stderr)
+
+
+def decode(path, size, channels):
+    """The image as bytes (C, H, W), upright, centre-cropped without squashing; or what is wrong."""
+    try:
+        with Image.open(path) as image:
+            image.draft("RGB", (2 * size[1], 2 * size[0]))  # lets JPEG skip detail nobody will see
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith(("I", "F")):  # 16 bits or floats, which convert() would clip
+                values = np.asarray(image, np.float64)
+                top = 65535 if image.mode.startswith("I") else 1 if values.max() <= 1 else 255
+                image = Image.fromarray((values.clip(0, top) * (255 / top)).round().astype(np.uint8))
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = image.convert("L" if channels == 1 else "RGB")
+            image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.LANCZOS)
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        return f"cannot be read as an image ({type(error).__name__})"
+    return np.asarray(image).reshape(*size, channels).transpose(2, 0, 1).tobytes()
+
+
+# --- The order of the data, and the randomness of a step -----------------------------------------
+
+
+def mixed(*numbers):
+    """One well-mixed 64-bit seed from several small numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
+@functools.lru_cache(maxsize=2)
+def shuffle(N, seed, epoch):
+    return torch.randperm(N, generator=torch.Generator().manual_seed(mixed(seed, 2, epoch)))
+
+
+def places(step, B, N, seed):
+    """The images of a step: its place in an endless row of shuffles of all N, one an epoch."""
+    place = torch.arange(step * B, (step + 1) * B)
+    epochs = range(step * B // N, ((step + 1) * B - 1) // N + 1)
+    return torch.cat([shuffle(N, seed, e)[place[place // N == e] % N] for e in epochs])
+
+
+if __name__ == "__main__":
+    sample.run(main, Config, __doc__)
