@@ -52,9 +52,8 @@ def exponential_schedule(T=1000, beta_1=1e-4, beta_T=0.066):
 def at(table, t, x):
     """table[t] as (B, 1, ..., 1), ready to scale x (B, ...); t is an int or (B,) int64 on the CPU.
 
-    The only cast, after all arithmetic, and never to less than float32: 1 - alpha_bar_1 is off by
-    1.7e-4 in a float32 table and 0 in a bfloat16 one. Tables and t stay on the CPU; only these B
-    numbers travel, and nothing waits for them.
+    The one cast, after all arithmetic, to float32 or better: 1 - alpha_bar_1 would be off by 1.7e-4
+    in a float32 table and 0 in a bfloat16 one. Only these B numbers travel, and nothing waits.
     """
     t = torch.as_tensor(t).reshape(-1)
     assert len(t) in (1, len(x)) and 0 <= t.min() and t.max() < len(table), "t must be in 0..T"
@@ -123,8 +122,7 @@ def randn_like(x, generator=None):
     """z ~ N(0, I) shaped as x; a list of generators, one per image, ties each image to its seed."""
     generators = generator if isinstance(generator, (list, tuple)) else [generator]
     size = (len(x) // len(generators), *x.shape[1:])
-    z = [torch.randn(size, generator=g, dtype=x.dtype, device=g.device if g else x.device)
-         for g in generators]
+    z = [torch.randn(size, generator=g, dtype=x.dtype, device=(g or x).device) for g in generators]
     return torch.cat(z).to(x.device, non_blocking=True)
 
 def all_at(t, x):

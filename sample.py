@@ -64,7 +64,7 @@ def main(cfg, given):
     labels = class_labels(cfg, classes)
     n = len(labels)
     animate = pathlib.Path(cfg.out).suffix in (".gif", ".webp")
-    columns = len(classes) if classes and cfg.label is None else round(n**0.5) or 1
+    columns = len(classes) if classes and cfg.label is None else round(n**0.5)
     frames, progress, done = [], Progress("sampling", steps * n, "image-steps"), 0
 
     images = []
@@ -72,10 +72,10 @@ def main(cfg, given):
         y = labels[first : first + cfg.batch_size]
         film = []
 
-        def on_step(s, xs, film=film, B=len(y), first=first):
+        def on_step(s, xs, film=film, first=first):
             nonlocal done
-            done += B
-            progress(done, f"image {first + B} of {n}")
+            done += len(xs)
+            progress(done, f"image {first + len(xs)} of {n}")
             if animate and (s % max(1, d.T // 48) == 0 or steps <= 50):
                 film.append(to_uint8(xs))
 

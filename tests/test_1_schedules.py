@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
-import reference_numpy as ref
 from hypothesis import given
 from hypothesis import strategies as st
 from judge import EPS, close
 
 import ddpm
+import reference_numpy as ref
 
 steps = st.integers(1, 1000)
 ends = st.tuples(st.floats(1e-6, 0.5), st.floats(1e-6, 0.5))

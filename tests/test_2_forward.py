@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
-import reference_numpy as ref
 import torch
 from judge import EPS, EPS32, close, f64, tolerance
 from strategies import PaperCase, every_case
 
 import ddpm
+import reference_numpy as ref
 
 
 @every_case

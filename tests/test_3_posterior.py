@@ -1,12 +1,12 @@
 """Section 3 of ddpm.py: the posterior of the forward process, q(x_{t-1} | xt, x0) (eq. 6, eq. 7)."""
 
 import pytest
-import reference_numpy as ref
 import torch
 from judge import EPS32, close, f64, tolerance
 from strategies import PaperCase, every_case
 
 import ddpm
+import reference_numpy as ref
 
 
 def coefficients(case):

@@ -1,12 +1,12 @@
 """Section 4 of ddpm.py: from eps to x0 and back, and the mean of a reverse step (eq. 8 to 12, 15)."""
 
-import reference_numpy as ref
 import torch
 from hypothesis import given
 from judge import EPS, EPS32, close, f64, tolerance
 from strategies import PaperCase, cases, every_case, normal, unit
 
 import ddpm
+import reference_numpy as ref
 
 
 @given(case=cases(), x0=unit, eps=normal)

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import reference_numpy as ref
 import torch
 from judge import (
     EPS,
@@ -17,6 +16,7 @@ from judge import (
 from strategies import every_case
 
 import ddpm
+import reference_numpy as ref
 
 BRUTAL = np.array([0, 0.05, 0.7, 0.3, 0.1, 0.5])  # a short schedule in which every step matters
 

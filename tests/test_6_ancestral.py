@@ -6,12 +6,12 @@ No network is trained: for Gaussian data and for a single image the exact model 
 import judge
 import numpy as np
 import pytest
-import reference_numpy as ref
 import torch
 from judge import EPS, close, f64, has_normal_moments, rejects, tolerance
 from strategies import every_case
 
 import ddpm
+import reference_numpy as ref
 
 BRUTAL = np.array([0, 0.1, 0.3, 0.8, 0.2])  # short and steep, so that each step is seen
 N, MEAN, VAR = 20_000, 0.5, 0.25  # samples of scalar data x0 ~ N(MEAN, VAR)

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import reference_numpy as ref
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,6 +10,7 @@ from strategies import cases, every_case, unit
 from test_6_ancestral import BRUTAL, MEAN, VAR, N, gaussian_model, generator, image_model, normal
 
 import ddpm
+import reference_numpy as ref
 
 GRIDS = [[4], [1, 4], [2, 3, 4], [1, 2, 3, 4]]
 ETAS = [0.0, 0.5, 1.0]

@@ -4,13 +4,13 @@ import math
 
 import numpy as np
 import pytest
-import reference_numpy as ref
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from judge import EPS32, close, has_mean, rejects
 
 import ddpm
+import reference_numpy as ref
 
 SMALL = dict(ch=8, mult=(1, 2), blocks=1, attention=(1,), groups=4, dropout=0.0)
 
@@ -151,8 +151,9 @@ def test_the_output_depends_on_t():
 def test_sizes_that_the_levels_do_not_divide_are_refused_in_words(H, W):
     """Four levels halve three times: both sides must be multiples of 8."""
     net = ddpm.UNet(ch=8, groups=4, mult=(1, 1, 1, 1))
-    with pytest.raises(AssertionError, match="multiples of 8"):
+    with pytest.raises(Exception) as refusal:  # noqa: PT011  what is judged is its words
         net(torch.zeros(1, 3, H, W), torch.tensor([1]))
+    assert "multiples of 8" in str(refusal.value)
 
 
 @pytest.mark.parametrize("t", [torch.tensor(3), torch.tensor([3]), torch.tensor([[3, 3]])], ids=str)

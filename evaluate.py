@@ -1,0 +1,90 @@
+"""From a checkpoint to bits/dim on held-out images: the bound of eq. 5, split into its terms.
+
+    python evaluate.py --ckpt ckpt.pt --n 100            held-out glyphs, or CIFAR-10's test images
+    python evaluate.py --ckpt ckpt.pt --data path/to/held-out/images
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+import ddpm
+import sample
+import train
+from sample import MISSING, Failure, Progress, UsageError, flag
+
+
+@dataclass(frozen=True)
+class Config:
+    ckpt: str = flag(MISSING, "checkpoint that train.py wrote; it carries its own configuration")
+    data: str | None = flag(None, "glyphs, cifar10 or a folder of images (default: what it was trained on)")
+    data_dir: str = flag("data", "where cifar10 is or goes, and the cache of image folders")
+    n: int | None = flag(None, "evaluate the first n images (default: all of them)", low=1)
+    skip_broken: bool = flag(False, "leave out a folder's files that are no images")
+    seed: int = flag(0, "image i is noised from seed + i, at any batch size", low=0, high=2**31)
+    batch_size: int = flag(256, "images evaluated at a time", low=1)
+    weights: str = flag("ema", "moving average or last weights", choices=("ema", "raw"))
+    device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps, ..")
+
+
+def main(cfg, given):
+    device = sample.pick_device(cfg.device)
+    ckpt = sample.load_checkpoint(cfg.ckpt)
+    net, d = sample.load_model(ckpt, cfg.weights, device)
+    images, labels, what = held_out(cfg, ckpt)
+    N = len(images)
+    progress, rows = Progress("evaluating", N * d.T, "image-steps"), []
+    for first in range(0, N, cfg.batch_size):
+        x0 = images[first : first + cfg.batch_size].to(device).float() / 127.5 - 1
+        y = None if labels is None else labels[first : first + cfg.batch_size].to(device)
+        generators = [torch.Generator().manual_seed(cfg.seed + first + i) for i in range(len(x0))]
+
+        def model(xt, t, y=y, first=first):
+            B = len(xt)
+            progress(first * d.T + B * (d.T - int(t[0])), f"image {first + B} of {N}")
+            return net(xt, t, y)
+
+        rows.append(ddpm.bound_terms(model, d, x0, [d.beta, d.beta_tilde], generator=generators))
+    progress.close()
+    report(torch.cat(rows, dim=1), f"{N:,} {what}, {cfg.weights} weights at step {ckpt['step']}")
+
+
+def held_out(cfg, ckpt):
+    """The images to evaluate, sized as the checkpoint's, their labels or None, and what to call them."""
+    saved = {k: v for k, v in ckpt["config"].items() if k in train.Config.__dataclass_fields__}
+    data = cfg.data or saved["data"]
+    C, H, W = ckpt["shape"]
+    settings = replace(train.Config(**saved), data=data, data_dir=cfg.data_dir, limit=cfg.n, size=f"{H}x{W}",
+                       channels=C, skip_broken=cfg.skip_broken)
+    images, labels, _ = train.load_data(settings, train=False)
+    if tuple(images.shape[1:]) != (C, H, W):
+        raise UsageError(f"--data {data}: its images are {tuple(images.shape[1:])}, the network's {(C, H, W)}")
+    if not ckpt["classes"]:
+        labels = None
+    elif data != saved["data"]:
+        raise Failure(f"--data {data}: the network wants the labels of {saved['data']}")
+    same = train.kind(data) == "folder" and data == saved["data"]
+    what = "images it was trained on" if same else f"held-out images of {data}"
+    return images, labels, what
+
+
+def report(terms, title):
+    """Prints the bound and its parts, mean and standard error over the images; terms (2, N, T + 1)."""
+    T = terms.shape[2] - 1
+    parts = {
+        "L_T                 prior": terms[:, :, T],
+        f"L_1 .. L_{T - 1:<9} rate": terms[:, :, 1:T].sum(2),
+        "L_0                 distortion": terms[:, :, 0],
+        "bound on -log2 p(x0)": terms.sum(2),
+    }
+    print(f"{title}; bits/dim")
+    print(f"{'':32}{'sigma^2 = beta':>22}{'sigma^2 = beta_tilde':>22}")
+    for name, values in parts.items():
+        error = values.std(1) / values.shape[1] ** 0.5
+        cells = (f"{m:.5f} ± {e:.5f}" if values.shape[1] > 1 else f"{m:.5f}"
+                 for m, e in zip(values.mean(1), error, strict=True))
+        print(f"{name:32}" + "".join(f"{cell:>22}" for cell in cells))
+
+
+if __name__ == "__main__":
+    sample.run(main, Config, __doc__)

@@ -1,0 +1,524 @@
+"""The commands as a user runs them: train.py, sample.py, evaluate.py, their files and their refusals."""
+
+import http.server
+import json
+import os
+import pathlib
+import pty
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import tarfile
+import threading
+
+import numpy as np
+import pytest
+import reference_numpy as ref
+import torch
+from conftest import ROOT
+from judge import close
+from PIL import Image
+
+import evaluate
+import sample
+import train
+
+TINY = "--limit 64 --batch-size 16 --width 8 --timesteps 20 --warmup 0 --device cpu --sample-every 0".split()
+
+
+def start(*command, **how):
+    """A command of this project as a process of its own, without a terminal."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, ROOT / command[0], *map(str, command[1:])], env=env, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **how)  # fmt: skip
+
+
+def run(*command, **how):
+    """(exit status, standard output, standard error) of a command."""
+    process = start(*command, **how)
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+@pytest.fixture
+def call(monkeypatch, capsys, tmp_path):
+    """Runs a command inside this process, which saves its start: (exit status, output, errors)."""
+    monkeypatch.chdir(tmp_path)
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def call(module, *flags):
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, flags)])
+        capsys.readouterr()
+        try:
+            sample.run(module.main, module.Config, module.__doc__)
+            status = 0
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capsys.readouterr()
+
+    yield call
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """The folder of a tiny run on the glyphs, by the real command, and what it printed."""
+    folder = tmp_path_factory.mktemp("trained")
+    flags = [*TINY[:-2], "--epochs", "4", "--log", "log.jsonl"]
+    status, out, err = run("train.py", *flags, cwd=folder)
+    assert status == 0, err
+    return folder, out
+
+
+@pytest.fixture
+def ckpt(trained):
+    return trained[0] / "ckpt.pt"
+
+
+# --- The main road -------------------------------------------------------------------------------
+
+
+def test_training_says_what_it_does_and_leaves_a_checkpoint_a_log_and_grids(trained):
+    folder, out = trained
+    lines = out.splitlines()
+    assert lines[0].startswith("glyphs: 64 images") and "parameters" in lines[1] and "lr 0.004" in lines[2]
+    assert [line.split(":")[0] for line in lines if line.startswith("epoch")] == [
+        f"epoch {i} of 4" for i in (1, 2, 3, 4)]  # fmt: skip
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["step"] == 16 and log[-1]["loss"] < log[0]["loss"]
+    assert sorted(p.name for p in folder.glob("ckpt*.png")) == [f"ckpt.000{i}.png" for i in (1, 2, 3, 4)]
+    assert Image.open(folder / "ckpt.0004.png").size > (300, 300)
+
+
+def test_sample_draws_a_grid_and_says_how(trained, ckpt, tmp_path):
+    status, out, err = run("sample.py", "--ckpt", ckpt, "--out", tmp_path / "grid.png", "--steps", 5)
+    assert status == 0 and err == ""
+    assert "DDIM, 5 steps, eta 0, ema weights at step 16" in out
+    assert Image.open(tmp_path / "grid.png").size > (300, 300)
+
+
+def test_evaluate_prints_the_bound_and_its_terms_for_both_variances(trained, ckpt):
+    status, out, err = run("evaluate.py", "--ckpt", ckpt, "--n", 6)
+    assert status == 0 and err == ""
+    title, head, *rows = out.splitlines()
+    assert title.startswith("6 held-out images of glyphs") and "bits/dim" in title
+    assert "sigma^2 = beta" in head and "sigma^2 = beta_tilde" in head
+    values = np.array([[float(cell.split(" ±")[0]) for cell in row[32:].split("  ") if cell.strip()]
+                       for row in rows])  # fmt: skip
+    assert values.shape == (4, 2)
+    close("L_T + rate + distortion", values[:3].sum(0), values[3], 2e-5, 1.0)
+
+
+@pytest.mark.parametrize("out", ["a.gif", "a.webp", "a.npz", "a/"])
+def test_sample_writes_animations_arrays_and_folders(call, trained, ckpt, tmp_path, out):
+    C, H, W = sample.load_checkpoint(ckpt)["shape"]
+    status, _, err = call(sample, "--ckpt", ckpt, "--out", out, "--n", 3, "--steps", 4)
+    assert status == 0, err
+    if out == "a.npz":
+        arrays = np.load(out)
+        assert arrays["arr_0"].shape == (3, H, W, C) and arrays["arr_0"].dtype == np.uint8
+        assert arrays["arr_1"].tolist() == [0, 1, 2]
+    elif out == "a/":
+        assert [p.name for p in sorted(tmp_path.glob("a/*"))] == [f"00000{i}.png" for i in range(3)]
+        assert Image.open("a/000000.png").size == (W, H)
+    else:
+        film = Image.open(out)
+        assert film.n_frames == 4
+
+
+def test_a_seed_gives_the_same_picture_at_any_batch_size(call, ckpt):
+    """Image i is drawn from seed + i: the third of --seed 5 is the only one of --seed 7."""
+    how = ["--ckpt", ckpt, "--steps", 3, "--eta", 1, "--label", "1"]
+    call(sample, *how, "--out", "a.npz", "--n", 4, "--seed", 5, "--batch-size", 3)
+    call(sample, *how, "--out", "b.npz", "--n", 1, "--seed", 7)
+    a, b = (np.load(name)["arr_0"].astype(int) for name in ("a.npz", "b.npz"))
+    assert abs(a[2] - b[0]).max() <= 1  # a convolution may sum in another order in another batch
+    assert abs(a[1] - b[0]).max() > 1
+
+
+def test_sampling_chooses_ancestral_or_ddim_variance_and_weights(call, ckpt):
+    """Seven ways to draw from one seed, seven different pictures."""
+    ways = [[], ["--variance", "beta_tilde"], ["--eta", 0], ["--eta", 1], ["--steps", 7], ["--weights", "raw"],
+            ["--label", "3"]]  # fmt: skip
+    seen = set()
+    for way in ways:
+        status, _, err = call(sample, "--ckpt", ckpt, "--out", "a.npz", "--n", 2, *way)
+        assert status == 0, err
+        seen.add(np.load("a.npz")["arr_0"].tobytes())
+    assert len(seen) == len(ways)
+
+
+def test_progress_rewrites_one_line_on_a_terminal_and_is_silent_in_a_short_pipe(ckpt, tmp_path):
+    leader, follower = pty.openpty()
+    process = start("sample.py", "--ckpt", ckpt, "--out", tmp_path / "a.png", "--n", 4)
+    _, err = process.communicate(timeout=60)
+    assert err == ""
+    command = [sys.executable, ROOT / "sample.py", "--ckpt", ckpt, "--out", tmp_path / "a.png", "--n", "4"]
+    subprocess.run(command, stderr=follower, stdout=subprocess.DEVNULL, check=True)
+    shown = os.read(leader, 10_000).decode()
+    assert "\rsampling: " in shown and "left" in shown and "\n" not in shown
+
+
+@pytest.mark.parametrize("module", [train, sample, evaluate])
+def test_help_explains_every_flag(call, module):
+    status, out, _ = call(module, "--help")
+    assert status == 0 and "python " in out
+    for name, f in module.Config.__dataclass_fields__.items():
+        assert "--" + name.replace("_", "-") in out and f.metadata["text"].split()[0] in out
+
+
+# --- Exactness -----------------------------------------------------------------------------------
+
+
+def test_pixels_survive_the_way_to_minus_1_1_and_back():
+    """uint8 -> [-1, 1] -> uint8 is the identity on all 256 levels; outside is clipped."""
+    levels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
+    assert (sample.to_uint8(levels.float() / 127.5 - 1).ravel() == np.arange(256)).all()
+    assert sample.to_uint8(torch.tensor([-7.0, 7.0]).reshape(1, 1, 1, 2)).ravel().tolist() == [0, 255]
+
+
+def test_ema_is_the_closed_form_with_the_ramp(call):
+    """After n updates: sum of (1 - d_i) d_{i+1} .. d_n w_i with d_n = min(ema, (1 + n) / (10 + n))."""
+    flags = [*TINY, "--decay", "none", "--ema", 0.3, "--limit", 16]
+    history = []
+    for epochs in (1, 2, 3, 4):
+        assert call(train, *flags, "--epochs", epochs)[0] == 0
+        saved = sample.load_checkpoint("ckpt.pt")
+        history.append(saved["model"]["conv_in.weight"].numpy())
+    torch.manual_seed(train.mixed(0, 0))
+    first = train.ddpm.UNet(**saved["network"]).conv_in.weight.detach().numpy()
+    close("EMA", saved["ema"]["conv_in.weight"], ref.ema([first, *history], 0.3), 1e-5, 1.0)
+
+
+def equal(a, b):
+    """Two checkpoints agree in every number, bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    return all(map(equal, a, b)) if isinstance(a, (list, tuple)) else a == b
+
+
+def test_a_run_that_is_interrupted_and_resumed_equals_one_that_is_not(tmp_path):
+    """Ctrl-C after the first epoch: the checkpoint is whole, says so, and goes on bit for bit."""
+    flags = [*TINY, "--epochs", 40, "--dropout", 0.1, "--flip", "yes"]
+    process = start("train.py", *flags, "--out", "a.pt", cwd=tmp_path)
+    while not process.stdout.readline().startswith("epoch 1 of 40"):
+        pass
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "go on with --resume a.pt" in out and "Traceback" not in err
+    stopped = sample.load_checkpoint(tmp_path / "a.pt")["step"]
+    assert 4 <= stopped < 160, "the run ended before it could be interrupted"
+    for command in ([*flags, "--out", "b.pt"], ["--resume", "a.pt"]):
+        status, _, err = run("train.py", *command, cwd=tmp_path)
+        assert status == 0, err
+    a, b = (sample.load_checkpoint(tmp_path / name) for name in ("a.pt", "b.pt"))
+    for part in ("model", "ema", "optimizer", "step"):
+        assert equal(a[part], b[part]), f"{part} differs"
+
+
+def test_two_processes_make_the_same_run_as_one(tmp_path):
+    """torchrun with two processes: the same batches, the same noise; only sums are rounded otherwise."""
+    flags = [*TINY, "--epochs", 2]
+    assert run("train.py", *flags, "--out", "one.pt", cwd=tmp_path)[0] == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0",
+               ROOT / "train.py", *flags, "--out", "two.pt"]  # fmt: skip
+    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
+                          capture_output=True, timeout=120)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    one, two = (sample.load_checkpoint(tmp_path / name) for name in ("one.pt", "two.pt"))
+    assert one["step"] == two["step"] == 8
+    for name, w in one["ema"].items():
+        close(name, two["ema"][name], w, 1e-3, max(1e-3, w.abs().max().item()))
+
+
+# --- Data ----------------------------------------------------------------------------------------
+
+
+def test_glyphs_are_the_same_for_the_same_seed_and_others_are_held_out():
+    a, labels = train.draw_glyphs(50, seed=3)
+    b, _ = train.draw_glyphs(50, seed=3)
+    c, _ = train.draw_glyphs(50, seed=4)
+    assert a.dtype == np.uint8 and (a == b).all() and not (a == c).all()
+    assert labels.shape == (50,) and labels.max() < len(train.GLYPHS)
+    held_out = train.load_data(train.Config(), train=False)[0]
+    assert len(held_out) == 2000
+    training = {image.tobytes() for image in train.load_data(train.Config(), train=True)[0].numpy()}
+    assert not training & {image.tobytes() for image in held_out.numpy()}
+
+
+def test_batches_go_through_all_images_once_an_epoch_in_an_order_that_the_seed_decides():
+    """Steps of 4 in 10 images: any ten images in a row from a multiple of ten are all ten."""
+    row = torch.cat([train.places(step, 4, 10, seed=1) for step in range(10)]).tolist()
+    assert all(sorted(row[i : i + 10]) == list(range(10)) for i in range(0, 40, 10))
+    assert row[:10] != row[10:20] and row != torch.cat([train.places(s, 4, 10, 2) for s in range(10)]).tolist()
+    assert sorted(train.places(0, 25, 10, 1).tolist()[:10]) == list(range(10))  # a batch of more than all
+
+
+def stripes(W, H):
+    """Red, green and blue thirds, side by side."""
+    x = np.arange(W) * 3 // W
+    return Image.fromarray(np.broadcast_to(255 * np.eye(3, dtype=np.uint8)[x], (H, W, 3)).copy())
+
+
+@pytest.fixture
+def album(tmp_path):
+    """A folder of images of many formats, modes and shapes, some in a folder of their own."""
+    folder = tmp_path / "album"
+    (folder / "more").mkdir(parents=True)
+    stripes(90, 30).save(folder / "wide.png")
+    stripes(60, 40).save(folder / "more" / "photo.JPG", "JPEG")
+    stripes(40, 40).convert("P").save(folder / "palette.gif")
+    stripes(40, 40).convert("L").save(folder / "grey.bmp")
+    stripes(40, 40).convert("1").save(folder / "bits.png")
+    stripes(40, 40).convert("CMYK").save(folder / "print.tif")
+    Image.new("RGBA", (20, 50), (0, 0, 255, 0)).save(folder / "clear.webp")
+    Image.fromarray(np.full((30, 30), 32768, np.uint16)).save(folder / "deep.png")
+    Image.fromarray(np.full((30, 30), 0.5, np.float32)).save(folder / "float.tiff")
+    (folder / ".hidden").write_text("not an image, and not looked at")
+    return folder
+
+
+def test_any_image_is_read_upright_cropped_at_its_centre_and_not_squashed(album, tmp_path):
+    """The middle of red-green-blue is green; transparent is white; 16 bits and floats keep their grey."""
+    images = train.load_folder(album, (16, 24), 3, tmp_path / "cache", skip_broken=False)
+    names = sorted(str(p.relative_to(album)) for p in album.rglob("*.*") if not p.name.startswith("."))
+    files = sorted(p for p in album.rglob("*") if p.is_file() and not p.name.startswith("."))
+    assert images.shape == (len(names), 3, 16, 24) and len(names) == 9
+    by_name = {p.name: image for p, image in zip(files, images, strict=True)}
+    assert (by_name["clear.webp"] == 255).all()
+    for name in ("deep.png", "float.tiff"):
+        assert abs(by_name[name].astype(int) - 128).max() <= 1
+    square = train.load_folder(album, (16, 16), 3, tmp_path / "cache", skip_broken=False)
+    wide = square[files.index(album / "wide.png")]
+    assert (wide[1, :, 1:-1] > 200).all() and (wide[0, :, 1:-1] < 60).all()
+    grey = train.load_folder(album, (16, 16), 1, tmp_path / "cache", skip_broken=False)
+    assert grey.shape == (9, 1, 16, 16)
+
+
+def test_exif_rotation_is_applied(tmp_path):
+    exif = Image.Exif()
+    exif[274] = 6  # the camera was turned by 90 degrees
+    (tmp_path / "a").mkdir()
+    stripes(30, 30).save(tmp_path / "a" / "turned.png", exif=exif)
+    image = train.load_folder(tmp_path / "a", (30, 30), 3, tmp_path, skip_broken=False)[0]
+    assert (image[0, :9] == 255).all() and (image[2, -9:] == 255).all()  # red on top, blue below
+
+
+def test_a_folder_is_decoded_once_and_again_when_it_changes(album, tmp_path, monkeypatch):
+    load = lambda: train.load_folder(album, (8, 8), 3, tmp_path / "cache", False)  # noqa: E731
+    first = np.array(load())
+    monkeypatch.setattr(train, "decode", lambda *args: pytest.fail("decoded twice"))
+    assert (load() == first).all()
+    monkeypatch.undo()
+    stripes(30, 30).save(album / "new.png")
+    assert len(load()) == len(first) + 1
+
+
+def test_training_sampling_and_evaluating_a_folder_of_images(call, album, tmp_path):
+    """Anyone's images, not square, grey; the checkpoint knows their size."""
+    tiny = ["--batch-size", 4, "--width", 8, "--timesteps", 5, "--device", "cpu", "--epochs", 1]
+    status, out, err = call(train, "--data", album, "--size", "16x24", "--channels", 1, *tiny)
+    assert status == 0 and out.startswith(f"{album}: 9 images, 16x24x1"), err
+    assert call(sample, "--ckpt", "ckpt.pt", "--out", "a.npz", "--n", 2)[0] == 0
+    assert np.load("a.npz")["arr_0"].shape == (2, 16, 24, 1)
+    status, out, err = call(evaluate, "--ckpt", "ckpt.pt", "--n", 2)
+    assert status == 0 and "images it was trained on" in out, err
+
+
+def test_a_file_that_is_no_image_is_named_and_can_be_skipped(call, album):
+    (album / "notes.txt").write_text("hello")
+    whole = (album / "wide.png").read_bytes()
+    (album / "half.png").write_bytes(whole[: len(whole) // 2])
+    flags = ["--data", album, "--epochs", 1, "--width", 8, "--timesteps", 2, "--batch-size", 9, "--size", 8]
+    status, _, err = call(train, *flags)
+    assert status == 1 and "half.png: cannot be read as an image" in err and "--skip-broken" in err
+    status, out, err = call(train, *flags, "--skip-broken")
+    assert status == 0 and "9 images" in out and "left out 2 of 11 files" in err
+
+
+# --- CIFAR-10 ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cifar(tmp_path, monkeypatch):
+    """A CIFAR-10 of ten images a file, as an unpacked folder and as an archive on a local server."""
+    monkeypatch.setattr(train, "CIFAR10_BYTES", 10 * 3073)
+    folder = tmp_path / "source" / train.CIFAR10
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for name in [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]:
+        rows = rng.integers(0, 256, (10, 3073), dtype=np.uint8)
+        rows[:, 0] %= 10
+        rows.tofile(folder / name)
+    archive = tmp_path / "source" / "cifar-10-binary.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        tar.add(folder, train.CIFAR10)
+    monkeypatch.setattr(train, "CIFAR10_MD5", __import__("hashlib").md5(archive.read_bytes()).hexdigest())
+    return tmp_path / "source"
+
+
+@pytest.fixture
+def server(cifar, monkeypatch):
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=cifar)
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{httpd.server_port}/cifar-10-binary.tar.gz"
+        monkeypatch.setattr(train, "CIFAR10_URL", url)
+        yield url
+        httpd.shutdown()
+
+
+def test_cifar10_is_found_unpacked_with_its_pixels_in_place(cifar):
+    """Rows of a label and 3 x 32 x 32 pixels; in --data-dir itself or in its folder."""
+    for where in (cifar, cifar / train.CIFAR10):
+        assert train.load_cifar10(where, train=True).shape == (50, 3, 32, 32)
+        test = train.load_cifar10(where, train=False)
+        raw = np.fromfile(cifar / train.CIFAR10 / "test_batch.bin", np.uint8)
+        assert test.shape == (10, 3, 32, 32) and (test[0].ravel() == raw[1:3073]).all()
+
+
+def test_cifar10_is_downloaded_checked_and_unpacked_once(server, tmp_path):
+    assert train.load_cifar10(tmp_path / "new", train=True).shape == (50, 3, 32, 32)
+    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == [
+        train.CIFAR10, "cifar-10-binary.tar.gz"]  # fmt: skip
+
+
+def test_cifar10_that_is_damaged_is_refused(server, call, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "CIFAR10_MD5", "0" * 32)
+    status, _, err = call(train, "--data", "cifar10", "--data-dir", "new")
+    assert status == 1 and "not the published file" in err
+    folder = tmp_path / "short" / train.CIFAR10
+    folder.mkdir(parents=True)
+    (folder / "data_batch_1.bin").write_bytes(b"short")
+    status, _, err = call(train, "--data", "cifar10", "--data-dir", "short")
+    assert status == 1 and "5 bytes, not 30,730" in err and "delete" in err
+
+
+def test_cifar10_without_a_network_names_the_three_ways_out(call, monkeypatch):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}/cifar-10-binary.tar.gz"
+        monkeypatch.setattr(train, "CIFAR10_URL", url)
+        status, _, err = call(train, "--data", "cifar10", "--data-dir", "new")
+    assert status == 1 and err.count("\n") == 1
+    assert "connect" in err and "put http" in err and "--data-dir" in err
+    assert not list(pathlib.Path("new").glob("*"))
+
+
+# --- Refusals ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("module, flags, words", [
+    (train, "--epoch 3", "unknown argument --epoch; did you mean --epochs?"),
+    (train, "surplus", "unknown argument surplus"),
+    (train, "--epochs", "--epochs: expected one argument"),
+    (train, "--epochs three", "--epochs: invalid whole number value: 'three'"),
+    (train, "--epochs 0", "--epochs: 0 is impossible; it must be at least 1"),
+    (train, "--epochs 2.5", "invalid whole number"),
+    (train, "--lr nan", "--lr: nan is impossible"),
+    (train, "--ema 1.5", "--ema: 1.5 is impossible; it must be from 0 to 1"),
+    (train, "--dropout 1", "--dropout: 1 is impossible"),
+    (train, "--schedule quadratic", "invalid choice: 'quadratic'"),
+    (train, "--device tpu", "--device tpu: not on this machine"),
+    (train, "--device cuda:99", "--device cuda:99: not on this machine"),
+    (train, "--size 32", "--size is for a folder of images"),
+    (train, "--data . --size 30x32", "multiples of 8; try 24x32 or 32x32"),
+    (train, "--data . --size big", "--size big: must be one number or HEIGHTxWIDTH"),
+    (train, "--data . --size 0", "--size 0: must be"),
+    (train, "--width 10", "--width 10: must be a multiple of 4"),
+    (sample, "--out a.png", "arguments are required: --ckpt"),
+    (sample, "--ckpt {ckpt} --out a.jpg", "must end in .png, .gif, .webp, .npz, or in / for a folder"),
+    (sample, "--ckpt {ckpt} --out a.png --steps 21", "the checkpoint has T = 20 steps"),
+    (sample, "--ckpt {ckpt} --out a.png --steps 5 --variance beta", "--variance is for all T steps"),
+    (sample, "--ckpt {ckpt} --out a.png --eta 2", "--eta: 2 is impossible"),
+    (sample, "--ckpt {ckpt} --out a.png --label Q", "--label Q: not a class of this checkpoint; its classes"),
+    (evaluate, "--ckpt {ckpt} --n 0", "--n: 0 is impossible"),
+])  # fmt: skip
+def test_a_wrong_call_is_one_line_and_status_2(call, ckpt, tmp_path, module, flags, words):
+    stripes(40, 40).save(tmp_path / "image.png")
+    status, out, err = call(module, *flags.format(ckpt=ckpt).split())
+    assert status == 2 and out == "" and err.count("\n") == 1 and words in err, err
+    assert not list(tmp_path.glob("*.pt"))
+
+
+@pytest.mark.parametrize("module, flags, words", [
+    (train, "--data nowhere", "there is no such folder"),
+    (train, "--data empty", "there are no images in it"),
+    (train, "--out nowhere/ckpt.pt", "there is no folder nowhere"),
+    (train, "--out empty", "is a folder"),
+    (train, "--resume nowhere.pt", "no such file"),
+    (train, "--resume half.pt", "cannot be read as a checkpoint"),
+    (sample, "--ckpt nowhere.pt --out a.png", "no such file"),
+    (sample, "--ckpt half.pt --out a.png", "cannot be read as a checkpoint"),
+    (sample, "--ckpt text.pt --out a.png", "cannot be read as a checkpoint"),
+    (sample, "--ckpt pickle.pt --out a.png", "cannot be read as a checkpoint"),
+    (sample, "--ckpt tensor.pt --out a.png", "not a checkpoint of train.py"),
+    (sample, "--ckpt newer.pt --out a.png", "format 2 is newer"),
+    (sample, "--ckpt nan.pt --out a.png --n 1", "not finite"),
+    (sample, "--ckpt {ckpt} --out nowhere/a.png", "there is no folder nowhere"),
+    (sample, "--ckpt {ckpt} --out full/", "the folder is not empty"),
+    (evaluate, "--ckpt {ckpt} --data nowhere", "there is no such folder"),
+])  # fmt: skip
+def test_a_failing_world_is_one_line_and_status_1(call, ckpt, tmp_path, module, flags, words):
+    whole = ckpt.read_bytes()
+    for name in ("empty", "full"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "full" / "a.png").touch()
+    (tmp_path / "half.pt").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "text.pt").write_text("hello")
+    (tmp_path / "pickle.pt").write_bytes(b"cos\nsystem\n(S'touch owned'\ntR.")
+    torch.save(torch.zeros(3), tmp_path / "tensor.pt")
+    saved = sample.load_checkpoint(ckpt)
+    torch.save({**saved, "ddpm_format": 2}, tmp_path / "newer.pt")
+    bad = {k: v * float("nan") for k, v in saved["ema"].items()}
+    torch.save({**saved, "ema": bad}, tmp_path / "nan.pt")
+    before = sorted(tmp_path.rglob("*"))
+    status, out, err = call(module, *flags.format(ckpt=ckpt).split())
+    assert status == 1 and out == "" and err.count("\n") == 1 and words in err, err
+    assert sorted(tmp_path.rglob("*")) == before, "a file appeared or was lost"
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--width 16", "--width 16: the run to resume has 8"),
+    ("--timesteps 30", "--timesteps 30: the run to resume has 20"),
+    ("--epochs 4", "has done its 4 epochs; ask for more with --epochs"),
+])  # fmt: skip
+def test_resuming_another_run_or_a_finished_one_is_refused(call, ckpt, tmp_path, flags, words):
+    (tmp_path / "a.pt").write_bytes(ckpt.read_bytes())
+    status, _, err = call(train, "--resume", "a.pt", *flags.split())
+    assert status == 2 and words in err and err.count("\n") == 1
+    assert (tmp_path / "a.pt").read_bytes() == ckpt.read_bytes()
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_as_it_was(tmp_path):
+    """Files may not grow beyond 20 kB here: one line, status 1, no partial file."""
+    (tmp_path / "ckpt.pt").write_text("the old one")
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # noqa: E731
+    status, _, err = run("train.py", *TINY, "--epochs", 1, cwd=tmp_path, preexec_fn=limit)
+    assert status == 1 and "Traceback" not in err and err.count("error:") == 1, err
+    assert (tmp_path / "ckpt.pt").read_text() == "the old one"
+    assert [p.name for p in tmp_path.iterdir()] == ["ckpt.pt"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_touches_nothing(call, tmp_path):
+    (tmp_path / "ckpt.pt").write_text("the old one")
+    status, _, err = call(train, *TINY, "--epochs", 3, "--lr", 1e30)
+    assert status == 1 and "the loss is not finite" in err and "--lr" in err
+    assert (tmp_path / "ckpt.pt").read_text() == "the old one"
+
+
+def test_a_schedule_that_leaves_the_image_in_xT_is_pointed_out(call):
+    """The paper's linear schedule with T = 20 ends at alpha_bar_T = 0.8: a note, not a refusal."""
+    status, _, err = call(train, *TINY, "--epochs", 1, "--schedule", "linear")
+    assert status == 0 and "alpha_bar_T = 0.82" in err
