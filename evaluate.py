@@ -41,7 +41,7 @@ def main(cfg, given):
 
         def model(xt, t, y=y, first=first):
             B = len(xt)
-            progress(first * d.T + B * (d.T - int(t[0])), f"image {first + B} of {N}")
+            progress(first * d.T + B * int(t[0]), f"image {first + B} of {N}")
             return net(xt, t, y)
 
         rows.append(ddpm.bound_terms(model, d, x0, [d.beta, d.beta_tilde], generator=generators))
@@ -58,7 +58,7 @@ def held_out(cfg, ckpt):
                        channels=C, skip_broken=cfg.skip_broken)
     images, labels, _ = train.load_data(settings, train=False)
     if tuple(images.shape[1:]) != (C, H, W):
-        raise UsageError(f"--data {data}: its images are {tuple(images.shape[1:])}, the network's {(C, H, W)}")
+        raise UsageError(f"--data {data}: images of {tuple(images.shape[1:])}, but a network for {(C, H, W)}")
     if not ckpt["classes"]:
         labels = None
     elif data != saved["data"]:

@@ -351,7 +351,8 @@ class Progress:
         self.shown = now
         rate = (done - self.start) / max(now - self.began, 1e-9)
         left = duration((self.total - done) / rate) if rate > 0 else "?"
-        line = f"{self.what}: {done / self.total:4.0%}  {note}  {rate:,.0f} {self.unit}/s  {left} left"
+        speed = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+        line = f"{self.what}: {done / self.total:4.0%}  {note}  {speed} {self.unit}/s  {left} left"
         print(f"\r{line}\x1b[K" if self.tty else line, end="" if self.tty else "\n",
               file=sys.stderr, flush=True)
 

@@ -4,7 +4,7 @@
     python train.py --data cifar10 --epochs 100          the paper's network and settings
     python train.py --data path/to/images --size 64      anyone's images
     python train.py --resume ckpt.pt                     goes on, bit for bit, where it stopped
-    torchrun --nproc-per-node 4 train.py --data cifar10  several GPUs: the same run, faster
+    torchrun --standalone --nproc-per-node 4 train.py --data cifar10    several GPUs: the same run
 """
 
 import concurrent.futures
@@ -153,7 +153,7 @@ def main(cfg, given):
     def draw_grid(epoch):
         if rank == 0:
             y = sample.class_labels(sample.Config("", ""), classes)
-            x0 = sample.sample(ema, d, shape, range(len(y)), y if classes else None, min(50, d.T))
+            x0 = sample.sample(ema, d, shape, range(len(y)), y if classes else None, min(50, d.T), eta=1.0)
             path = pathlib.Path(cfg.out).with_suffix(f".{epoch:04d}.png")
             with replacing(path) as file:
                 sample.grid(sample.to_uint8(x0), len(classes) or 8).save(file, "PNG")
@@ -304,9 +304,10 @@ def describe(cfg, shape, N, classes, params, d, device, bf16, step, steps):
 def load_data(cfg, train):
     """The training images of cfg.data, or the ones held out (a folder holds none out: all)."""
     if cfg.data == "glyphs":
-        images, labels = draw_glyphs(6_000 if train else 2_000, seed=0 if train else 1)
+        n = 6_000 if train else 2_000
+        images, labels = draw_glyphs(min(n, cfg.limit or n), seed=0 if train else 1)
         images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-        return images[: cfg.limit], torch.from_numpy(labels)[: cfg.limit].long(), list(GLYPHS)
+        return images, torch.from_numpy(labels).long(), list(GLYPHS)
     if cfg.data == "cifar10":
         return torch.from_numpy(load_cifar10(cfg.data_dir, train))[: cfg.limit], None, []
     images = load_folder(cfg.data, parse_size(cfg.size or "32"), cfg.channels or 3, cfg.data_dir,

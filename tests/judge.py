@@ -37,6 +37,7 @@ def close(what, got, want, tol, scale=None):
 
     The message gives the worst entry, and its error as a multiple of the tolerance.
     """
+    __tracebackhide__ = True
     got, want = np.broadcast_arrays(array(got), array(want))
     allowed = np.broadcast_to(tol * np.abs(want if scale is None else array(scale)), got.shape)
     assert got.size, f"{what}: nothing to compare"
@@ -55,6 +56,7 @@ def close(what, got, want, tol, scale=None):
 
 def within(what, got, want, standard_error):
     """Assert that the estimate `got` is within Z standard errors of `want` (false alarms: ALPHA)."""
+    __tracebackhide__ = True
     z = abs(got - want) / standard_error
     assert z <= Z, (
         f"{what}: estimated {got:.6g}, predicted {want:.6g}: {z:.1f} standard errors apart, "
@@ -64,12 +66,14 @@ def within(what, got, want, standard_error):
 
 def has_mean(what, samples, mean):
     """Assert that independent samples have this mean (false alarms: ALPHA)."""
+    __tracebackhide__ = True
     samples = array(samples).ravel()
     within(f"mean of {what}", samples.mean(), mean, samples.std() / np.sqrt(samples.size))
 
 
 def has_normal_moments(what, samples, mean, var):
     """Assert that independent Gaussian samples have this mean and variance (false alarms: ALPHA each)."""
+    __tracebackhide__ = True
     samples = array(samples).ravel()
     n, s2 = samples.size, samples.var(ddof=1)
     within(f"mean of {what}", samples.mean(), mean, np.sqrt(var / n))
@@ -83,6 +87,7 @@ def has_normal_moments(what, samples, mean, var):
 
 def is_uniform(what, counts):
     """Assert, by chi-squared, that the counts come from a uniform distribution (false alarms: ALPHA)."""
+    __tracebackhide__ = True
     p = stats.chisquare(counts).pvalue
     assert p >= ALPHA, f"{what}: counts {[int(c) for c in counts]} are not uniform, p = {p:.2g}"
 

@@ -30,14 +30,17 @@ class Case:
 
 @dataclass(frozen=True)
 class PaperCase:
-    """Step t of the paper's schedule (sec. 4): T = 1000, beta from 1e-4 to 0.02 in equal steps."""
+    """Step t of the paper's schedule (sec. 4): from beta_1 to beta_T in equal steps."""
 
     t: int
-    T = 1000
+    T: int = 1000
+    beta_1: float = 1e-4
+    beta_T: float = 0.02
 
     @property
     def betas(self):
-        return tuple(1e-4 + (0.02 - 1e-4) * i / 999 for i in range(1000))
+        step = (self.beta_T - self.beta_1) / (self.T - 1)
+        return tuple(self.beta_1 + step * i for i in range(self.T))
 
     beta = Case.beta
 
@@ -62,7 +65,7 @@ EDGES = (
 def every_case(test):
     """Decorator: the property `test(case)` must hold for every schedule and every step of it."""
     test = given(case=cases())(test)
-    for edge in EDGES:
+    for edge in reversed(EDGES):  # the simplest is tried, and shown, first
         test = example(case=edge)(test)
     return test
 

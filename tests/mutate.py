@@ -1,0 +1,161 @@
+"""Generic mutation: every operator, constant, index, condition, call, keyword and guard of ddpm.py.
+
+    python tests/mutate.py                 all of it (about 40 minutes on two cores)
+    python tests/mutate.py sample_ddim     the functions and classes with this word in their name
+
+Each mutant changes one thing and is given to the tests of its section, then to the others. A mutant
+that no test kills must be listed in EXPLAINED below, with the reason; exit status 1 if one is not, or
+if less than 97% die.
+"""
+
+import ast
+import os
+import sys
+import time
+
+from mutants import ROOT, in_parallel, judge
+
+SWAPPED = {
+    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Pow: ast.Mult,
+    ast.FloorDiv: ast.Mult, ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt,
+    ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn,
+    ast.And: ast.Or, ast.Or: ast.And, ast.BitAnd: ast.BitOr,
+}  # fmt: skip
+
+# Survivors and why no test can or should see them: "name: before -> after".
+EXPLAINED = {}
+
+
+def replacements(node):
+    """The mutants of one node: (what was done, a function that does it in place or returns a node)."""
+    if isinstance(node, (ast.BinOp, ast.BoolOp)) and type(node.op) in SWAPPED:
+        yield lambda: setattr(node, "op", SWAPPED[type(node.op)]())
+    elif isinstance(node, ast.Compare):
+        for i in range(len(node.ops)):
+            yield lambda i=i: node.ops.__setitem__(i, SWAPPED[type(node.ops[i])]())
+    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        yield lambda: node.operand
+    elif isinstance(node, ast.Constant) and isinstance(node.value, bool):
+        yield lambda: setattr(node, "value", not node.value)
+    elif isinstance(node, ast.Constant) and isinstance(node.value, int):
+        yield lambda: setattr(node, "value", node.value + 1)
+        yield lambda: setattr(node, "value", node.value - 1)
+    elif isinstance(node, ast.Constant) and isinstance(node.value, float):
+        yield lambda: setattr(node, "value", node.value * 1.1 or 0.1)
+    elif isinstance(node, (ast.IfExp, ast.If)):
+        yield lambda: setattr(node, "test", ast.Constant(True))
+        yield lambda: setattr(node, "test", ast.Constant(False))
+    elif isinstance(node, ast.Call):
+        if isinstance(node.func, ast.Attribute) and not isinstance(node.func.value, ast.Call):
+            yield lambda: node.args[0] if node.args and is_module(node.func.value) else node.func.value
+        elif isinstance(node.func, ast.Attribute):
+            yield lambda: node.func.value
+        elif node.args:
+            yield lambda: node.args[0]
+        for i in range(len(node.keywords)):
+            yield lambda i=i: node.keywords.pop(i) and None
+    elif isinstance(node, (ast.Assert, ast.Expr, ast.Assign)):
+        yield lambda: ast.Pass()
+    elif isinstance(node, ast.FunctionDef) and node.decorator_list:
+        yield lambda: node.decorator_list.clear()
+
+
+def is_module(node):
+    """torch, math, F, nn, torch.special: what stands before the dot is no value."""
+    while isinstance(node, ast.Attribute):
+        node = node.value
+    return isinstance(node, ast.Name) and node.id in ("torch", "math", "F", "nn")
+
+
+def is_text(node):
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+
+
+def scopes(tree):
+    """(name, node) of each function, method and class, outermost first."""
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef):
+            yield node.name, node
+        elif isinstance(node, ast.ClassDef):
+            yield from ((f"{node.name}.{m.name}", m) for m in node.body if isinstance(m, ast.FunctionDef))
+
+
+def children(node):
+    """(parent, field, index, child) of everything below a node, messages and docstrings left out."""
+    for name, value in ast.iter_fields(node):
+        if isinstance(node, ast.Assert) and name == "msg":
+            continue
+        for i, child in enumerate(value if isinstance(value, list) else [value]):
+            if isinstance(child, ast.AST) and not is_text(child):
+                yield node, name, i if isinstance(value, list) else None, child
+                yield from children(child)
+
+
+def mutants(source, word=""):
+    """Every mutant: (name of its function, line, before, after, source)."""
+    for name, scope in scopes(ast.parse(source)):
+        if word not in name:
+            continue
+        count = len(list(children(scope))) + 1
+        for n in range(count):
+            for k in range(8):
+                tree = ast.parse(source)
+                scope = dict(scopes(tree))[name]
+                parent, field, i, node = [(None, None, None, scope), *children(scope)][n]
+                ways = list(replacements(node))
+                if k >= len(ways):
+                    break
+                before = ast.unparse(node).splitlines()[0]
+                new = ways[k]()
+                if isinstance(new, ast.AST):
+                    if i is None:
+                        setattr(parent, field, new)
+                    else:
+                        getattr(parent, field)[i] = new
+                after = ast.unparse(new if isinstance(new, ast.AST) else node).splitlines()[0]
+                yield name, node.lineno, before, after, ast.unparse(ast.fix_missing_locations(tree))
+
+
+def section(line):
+    """The number of the section of ddpm.py that a line is in; 2 stands for 2, 3 and 4."""
+    heads = [text for text in (ROOT / "ddpm.py").read_text().splitlines()[:line] if text.startswith("# --- ")]
+    return int(heads[-1][6])
+
+
+def try_mutant(mutant):
+    import signal
+
+    name, line, before, after, source = mutant
+    signal.alarm(600)
+    files = sorted(str(p) for p in (ROOT / "tests").glob("test_[1-9]_*.py"))
+    own = {2: "234"}.get(section(line), str(section(line)))
+    first = [f for f in files if os.path.basename(f)[5] in own]
+    for tests in (first, [f for f in files if f not in first]):
+        status, test, _ = judge(source, tests)
+        if status != 0:
+            return mutant, True, (test or "not even imported").rsplit("::")[-1]
+    return mutant, False, ""
+
+
+def main(word):
+    began = time.monotonic()
+    every = list(mutants((ROOT / "ddpm.py").read_text(), word))
+    killed, unexplained = 0, 0
+    for (name, line, before, after, _), dead, test in in_parallel(try_mutant, every):
+        killed += dead
+        key = f"{name}: {before} -> {after}"
+        reason = EXPLAINED.get(key)
+        if not dead:
+            unexplained += reason is None
+            print(f"SURVIVED line {line}, {key}\n         {reason or 'not explained'}", flush=True)
+        elif "-v" in sys.argv:
+            print(f"killed   line {line}, {key}\n         {test}", flush=True)
+    print(f"{killed} of {len(every)} generic mutants killed ({killed / len(every):.1%}), "
+          f"{len(every) - killed - unexplained} survivors explained, {unexplained} not; "
+          f"{time.monotonic() - began:.0f} s")
+    return 1 if unexplained or killed < 0.97 * len(every) else 0
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    sys.exit(main(next((a for a in sys.argv[1:] if a != "-v"), "")))
