@@ -15,10 +15,10 @@ xt (B, ...) and t (B,) int64 on xt's device. "DDIM" is arXiv:2010.02502, "iDDPM"
     8  likelihood bound      eq. 5, eq. 13                 bound_terms, in bits/dim
     9  network               App. B                        UNet, 35,746,307 parameters
 
-Not in the paper's text, but in the authors' code, with which its results were made:
+Not in the paper's text, but in the authors' code, which made its results:
     - x0 is clipped to [-1, 1] before the mean of a reverse step is formed: `clip`.
     - The decoder's variance sigma_1^2 is beta_tilde_2, for both choices of sigma: bound_terms.
-    - The network counts from 0 and embeds t - 1: UNet.forward.
+    - The network embeds t - 1, counting from 0, and its middle has self-attention: UNet.
     - The last layer of every residual branch, and of the network, starts near zero: `gain`.
     - Stride-2 convolutions pad as TensorFlow's SAME does, right and bottom only: UNet.
     - The learning rate warms up and gradients are clipped: train.py.
@@ -38,13 +38,13 @@ def linear_schedule(T=1000, beta_1=1e-4, beta_T=0.02):
     return F.pad(torch.linspace(beta_1, beta_T, T, dtype=torch.float64), (1, 0))
 
 def cosine_schedule(T=1000, s=0.008, beta_max=0.999):
-    """iDDPM eq. 17: alpha_bar_t = f(t) / f(0), f(t) = cos^2(pi/2 (t/T + s) / (1 + s))."""
+    """iDDPM eq. 17: alpha_bar = f(t)/f(0), f(t) = cos^2(pi/2 (t/T + s) / (1 + s)); beta capped."""
     t = torch.arange(T + 1, dtype=torch.float64)
     f = torch.cos(math.pi / 2 * (t / T + s) / (1 + s)) ** 2
     return F.pad((1 - f[1:] / f[:-1]).clamp(max=beta_max), (1, 0))
 
 def exponential_schedule(T=1000, beta_1=1e-4, beta_T=0.066):
-    """From beta_1 to beta_T by one factor; its alpha_bar_1000 is 3.2e-5, the linear's 4.0e-5."""
+    """Geometric, from beta_1 to beta_T; by default alpha_bar_1000 = 3.2e-5 (linear: 4.0e-5)."""
     return F.pad(beta_1 * (beta_T / beta_1) ** torch.linspace(0, 1, T, dtype=torch.float64), (1, 0))
 
 # --- 2, 3, 4. The diffusion: four tables, and what follows from them in closed form --------------
@@ -52,9 +52,8 @@ def exponential_schedule(T=1000, beta_1=1e-4, beta_T=0.066):
 def at(table, t, x):
     """table[t] as (B, 1, ..., 1), ready to scale x (B, ...); t is an int or (B,) int64 on the CPU.
 
-    The one cast, after all arithmetic, to float32 or better: 1 - alpha_bar_1 would be off by 1.7e-4
-    in a float32 table and 0 in a bfloat16 one. Only these B numbers travel, and nothing waits.
-    """
+    Tables are float64 and are rounded once, here, to float32 or better: 1 - alpha_bar_1 is off by
+    1.7e-4 from a float32 alpha_bar, and 0 from a bfloat16 one. Nothing waits for the device."""
     t = torch.as_tensor(t).reshape(-1)
     assert len(t) in (1, len(x)) and 0 <= t.min() and t.max() < len(table), "t must be in 0..T"
     c = table[t].to(torch.promote_types(x.dtype, torch.float32)).to(x.device, non_blocking=True)
@@ -62,8 +61,7 @@ def at(table, t, x):
 
 class Diffusion:
     """The process that beta[0..T] defines, as tables[0..T] in float64: beta, alpha, alpha_bar, and
-    beta_tilde, whose entry 0 is nan: there is no step 0. x0, xt and eps are (B, ...) of one shape.
-    """
+    beta_tilde (nan at 0: there is no such step). x0, xt and eps are (B, ...) of one shape."""
 
     def __init__(self, beta):
         beta = torch.as_tensor(beta, dtype=torch.float64, device="cpu")
@@ -71,7 +69,8 @@ class Diffusion:
         assert ((0 < beta[1:]) & (beta[1:] < 1)).all(), "each of beta_1 .. beta_T must be in (0, 1)"
         self.T, self.beta, self.alpha = len(beta) - 1, beta, 1 - beta
         self.alpha_bar = self.alpha.cumprod(0)
-        self.beta_tilde = beta * (1 - self.alpha_bar.roll(1)) / (1 - self.alpha_bar)  # eq. 7
+        ab, ab_s = self.alpha_bar, self.alpha_bar.roll(1)  # at t and at s = t - 1
+        self.beta_tilde = beta * (1 - ab_s) / (1 - ab)  # eq. 7; where roll wraps, it is 0/0 = nan
 
     def q_sample(self, x0, t, eps):
         """eq. 4: xt ~ q(xt | x0) = N(sqrt(alpha_bar_t) x0, (1 - alpha_bar_t) I), with noise eps."""
@@ -82,7 +81,7 @@ class Diffusion:
     def posterior_mean(self, x0, xt, t):
         """eq. 7: mu_tilde_t(xt, x0), the mean of q(x_{t-1} | xt, x0), of variance beta_tilde."""
         assert x0.shape == xt.shape
-        ab, ab_s = self.alpha_bar, self.alpha_bar.roll(1)  # at t and at s = t - 1
+        ab, ab_s = self.alpha_bar, self.alpha_bar.roll(1)
         c_0, c_t = ab_s.sqrt() * self.beta / (1 - ab), self.alpha.sqrt() * (1 - ab_s) / (1 - ab)
         return at(c_0, t, x0) * x0 + at(c_t, t, xt) * xt
 
@@ -99,7 +98,7 @@ class Diffusion:
         return (xt - at(ab.sqrt(), t, xt) * x0) / at((1 - ab).sqrt(), t, xt)
 
     def p_mean(self, xt, t, eps, clip=True):
-        """eq. 11: mu_theta(xt, t), as eq. 7 at the x0 that eps implies: equal, but for the clip."""
+        """eq. 11: mu_theta(xt, t), as eq. 7 at the x0 that eps implies; the same unless clipped."""
         x0 = self.x0_from_eps(xt, t, eps)
         return self.posterior_mean(x0.clamp(-1, 1) if clip else x0, xt, t)
 
@@ -118,15 +117,15 @@ def loss_simple(model, d, x0, t=None, eps=None):
 
 # --- 6. Ancestral sampling -----------------------------------------------------------------------
 
-def randn_like(x, generator=None):
+def noise_like(x, generator=None):
     """z ~ N(0, I) shaped as x; a list of generators, one per image, ties each image to its seed."""
-    generators = generator if isinstance(generator, (list, tuple)) else [generator]
-    size = (len(x) // len(generators), *x.shape[1:])
+    alone = isinstance(generator, (list, tuple))
+    size, generators = ((1, *x.shape[1:]), generator) if alone else (x.shape, [generator])
     z = [torch.randn(size, generator=g, dtype=x.dtype, device=(g or x).device) for g in generators]
-    return torch.cat(z).to(x.device, non_blocking=True)
+    return torch.cat(z).reshape(x.shape).to(x.device, non_blocking=x.is_cuda)
 
-def all_at(t, x):
-    """The step t for every image of x: (B,) int64 on x's device."""
+def same_t(t, x):
+    """One step t for all images of x: (B,) int64 on x's device."""
     return torch.full((len(x),), t, device=x.device)
 
 @torch.no_grad()
@@ -138,8 +137,8 @@ def sample_ancestral(model, d, xt, sigma2=None, clip=True, generator=None, on_st
     """
     sigma2 = d.beta if sigma2 is None else sigma2
     for t in range(d.T, 0, -1):
-        mean = d.p_mean(xt, t, model(xt, all_at(t, xt)), clip)
-        xt = mean + at(sigma2.sqrt(), t, xt) * randn_like(xt, generator) if t > 1 else mean
+        mean = d.p_mean(xt, t, model(xt, same_t(t, xt)), clip)
+        xt = mean + at(sigma2.sqrt(), t, xt) * noise_like(xt, generator) if t > 1 else mean
         if on_step:
             on_step(t - 1, xt)
     return xt
@@ -153,7 +152,7 @@ def ddim_grid(T, n):
 
 @torch.no_grad()
 def sample_ddim(model, d, xt, grid, eta=0.0, clip=True, generator=None, on_step=None):
-    """DDIM eq. 12 (its alpha is our alpha_bar), sigma by DDIM eq. 16: eta = 0 adds no noise.
+    """DDIM eq. 12 (its alpha is our alpha_bar), sigma by DDIM eq. 16: eta from 0 (no noise) to 1.
 
     grid: increasing steps t_1 < .. < t_n in 1..T. xt (B, ...) at step t_n goes to t_{n-1}, .., t_1
     and 0. With eta = 1 on the full grid 1..T, this is Algorithm 2 with sigma2 = beta_tilde.
@@ -163,11 +162,11 @@ def sample_ddim(model, d, xt, grid, eta=0.0, clip=True, generator=None, on_step=
     for s, t in reversed(jumps):
         ab_s, ab = d.alpha_bar[s].item(), d.alpha_bar[t].item()
         sigma = eta * math.sqrt((1 - ab_s) / (1 - ab)) * math.sqrt(1 - ab / ab_s)
-        x0 = d.x0_from_eps(xt, t, model(xt, all_at(t, xt)))
+        x0 = d.x0_from_eps(xt, t, model(xt, same_t(t, xt)))
         x0 = x0.clamp(-1, 1) if clip else x0
         eps = d.eps_from_x0(xt, t, x0)  # the model's own, unless x0 was clipped
-        mean = math.sqrt(ab_s) * x0 + math.sqrt(1 - ab_s - sigma**2) * eps
-        xt = mean + sigma * randn_like(xt, generator) if sigma > 0 else mean
+        mean = math.sqrt(ab_s) * x0 + math.sqrt(max(0.0, 1 - ab_s - sigma**2)) * eps
+        xt = mean + sigma * noise_like(xt, generator) if sigma > 0 else mean
         if on_step:
             on_step(s, xt)
     return xt
@@ -186,7 +185,7 @@ def discretized_log_likelihood(x0, mean, var):
     low, high = (x0 - mean - 1 / 255) / var.sqrt(), (x0 - mean + 1 / 255) / var.sqrt()
     low = torch.where(x0 < -1 + 1 / 255, -math.inf, low)
     high = torch.where(x0 > 1 - 1 / 255, math.inf, high)
-    # Phi(high) - Phi(low) = Phi(-low) - Phi(-high): take the side where Phi is small, hence exact
+    # Phi(high) - Phi(low) = Phi(-low) - Phi(-high): take the side where log Phi is not rounded to 0
     flip = low + high > 0
     low, high = torch.where(flip, -high, low), torch.where(flip, -low, high)
     log_high = torch.special.log_ndtr(high)
@@ -199,19 +198,20 @@ def bound_terms(model, d, x0, variances, clip=True, generator=None):
     x0 (B, ...) on the 256 levels. variances: K tables of sigma2, judged on the same draws. Returns
     (K, B, T + 1): L_0, which is the decoder (eq. 13), .., L_{T-1}, L_T. Their sum is the bound.
     """
-    assert x0.abs().max() <= 1, "x0 must be in [-1, 1]"
+    k = (x0 + 1) * 127.5
+    assert x0.abs().max() <= 1 and (k - k.round()).abs().max() < 0.01, "x0 is not on the 256 levels"
     terms = torch.empty(len(variances), len(x0), d.T + 1, dtype=torch.float64)
     for t in range(1, d.T + 1):
-        xt = d.q_sample(x0, t, randn_like(x0, generator))
-        mean = d.p_mean(xt, t, model(xt, all_at(t, x0)), clip)
-        for k, sigma2 in enumerate(variances):
+        xt = d.q_sample(x0, t, noise_like(x0, generator))
+        eps = model(xt, same_t(t, x0))
+        mu_tilde, mu_theta = d.posterior_mean(x0, xt, t), d.p_mean(xt, t, eps, clip)
+        for row, sigma2 in zip(terms, variances, strict=True):
             if t > 1:
-                true_mean, true_var = d.posterior_mean(x0, xt, t), at(d.beta_tilde, t, x0)
-                nats = normal_kl(true_mean, true_var, mean, at(sigma2, t, x0))
-            else:
+                nats = normal_kl(mu_tilde, at(d.beta_tilde, t, x0), mu_theta, at(sigma2, t, x0))
+            else:  # beta_tilde_1 is 0: the decoder takes beta_tilde_2
                 var = at(d.beta_tilde, 2, x0) if d.T > 1 else at(d.beta, 1, x0)
-                nats = -discretized_log_likelihood(x0, mean, var)
-            terms[k, :, t - 1] = nats.flatten(1).mean(1)
+                nats = -discretized_log_likelihood(x0, mu_theta, var)
+            row[:, t - 1] = nats.flatten(1).mean(1)
     ab = at(d.alpha_bar, d.T, x0)
     prior = normal_kl(ab.sqrt() * x0, at(1 - d.alpha_bar, d.T, x0), 0.0, 1.0)
     terms[:, :, d.T] = prior.flatten(1).mean(1)
@@ -280,9 +280,9 @@ class UNet(nn.Module):
     """App. B: xt (B, in_channels, H, W), t (B,) in 1..T -> eps (B, out_channels, H, W).
 
     The defaults are the paper's CIFAR-10 network. Level i has ch * mult[i] channels, sides H / 2^i
-    and W / 2^i, and self-attention if i is in `attention` (at 32x32, level 1 is 16x16), as has the
-    middle. The paper's 256x256 network is mult=(1, 1, 2, 2, 4, 4), attention=(4,).
-    num_classes adds labels y (B,) in 0..num_classes; the last, and the default, means "no label".
+    and W / 2^i, `blocks` residual blocks down and one more up, and self-attention if i is listed in
+    `attention`. The paper's 256x256 network: mult=(1, 1, 2, 2, 4, 4), attention=(4,), dropout=0.
+    num_classes adds labels y (B,) in 0..num_classes; y = num_classes, the default, is "no label".
     """
 
     def __init__(self, in_channels=3, out_channels=None, ch=128, mult=(1, 2, 2, 2), blocks=2,
@@ -308,7 +308,7 @@ class UNet(nn.Module):
                 c = ch * m
                 skips.append(c)
             if level < len(mult) - 1:
-                same = nn.ZeroPad2d((0, 1, 0, 1))  # one column right, one row at the bottom
+                same = nn.ZeroPad2d((0, 1, 0, 1))  # TensorFlow's SAME: right and bottom only
                 self.down.append(Stack(same, init(nn.Conv2d(c, c, 3, stride=2))))
                 skips.append(c)
         self.mid = Stack(res(c, c), Attention(c, groups), res(c, c))
@@ -324,8 +324,8 @@ class UNet(nn.Module):
 
     def forward(self, xt, t, y=None):
         B, _, H, W = xt.shape
-        assert t.shape == (B,) and H % self.factor == W % self.factor == 0, (
-            f"need t (B,), and image sides that are multiples of {self.factor}: got {H}x{W}")
+        assert t.shape == (B,) and (y is None or self.num_classes), "t (B,); y only with labels"
+        assert H % self.factor == W % self.factor == 0, f"{H}x{W}: need multiples of {self.factor}"
         emb = self.time(timestep_embedding(t - 1, self.ch).to(xt.dtype))
         if self.num_classes:
             emb = emb + self.label(torch.full_like(t, self.num_classes) if y is None else y)

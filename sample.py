@@ -100,7 +100,7 @@ def sample(net, d, shape, seeds, labels=None, steps=None, eta=0.0, variance=None
     device = next(net.parameters()).device
     y = None if labels is None else torch.as_tensor(np.asarray(labels), device=device).long()
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    xT = ddpm.randn_like(torch.empty(len(seeds), *shape, device=device), generators)
+    xT = ddpm.noise_like(torch.empty(len(seeds), *shape, device=device), generators)
 
     def model(xt, t):
         return net(xt, t, y)

@@ -68,7 +68,13 @@ def has_mean(what, samples, mean):
     """Assert that independent samples have this mean (false alarms: ALPHA)."""
     __tracebackhide__ = True
     samples = array(samples).ravel()
-    within(f"mean of {what}", samples.mean(), mean, samples.std() / np.sqrt(samples.size))
+    n = samples.size
+    z = abs(samples.mean() - mean) / (samples.std(ddof=1) / np.sqrt(n))
+    allowed = stats.t.isf(ALPHA / 2, n - 1)
+    assert z <= allowed, (
+        f"mean of {what}: estimated {samples.mean():.6g}, predicted {mean:.6g}: {z:.1f} standard errors "
+        f"apart, allowed {allowed:.2f} (false-alarm rate {ALPHA:g})"
+    )
 
 
 def has_normal_moments(what, samples, mean, var):

@@ -125,7 +125,7 @@ def section(line):
 def try_mutant(mutant):
     import signal
 
-    name, line, before, after, source = mutant
+    _, line, _, _, source = mutant
     signal.alarm(600)
     files = sorted(str(p) for p in (ROOT / "tests").glob("test_[1-9]_*.py"))
     own = {2: "234"}.get(section(line), str(section(line)))

@@ -57,8 +57,16 @@ def test_exponential_schedule_goes_from_beta_1_to_beta_T_by_a_constant_factor(T,
 def test_exponential_schedule_ends_as_noisy_as_the_linear_one():
     """alpha_bar_1000 = 3.2e-5 by default, where the linear schedule has 4.0e-5."""
     d = ddpm.Diffusion(ddpm.exponential_schedule())
+    ratio = d.alpha_bar[-1] / ddpm.Diffusion(ddpm.linear_schedule()).alpha_bar[-1]
+    close("alpha_bar_T, exponential / linear", ratio, 0.795, 0.001, 1.0)
     close("alpha_bar_T", d.alpha_bar[-1], 3.2078e-5, 1e-4)
     close("beta", d.beta, ref.exponential_beta(1000, 1e-4, 0.066), 32 * EPS)
+
+
+@every_schedule
+def test_schedules_have_the_papers_1000_steps_by_default(schedule):
+    """T = 1000 where nothing else is asked for."""
+    assert len(schedule()) == 1001
 
 
 @every_schedule

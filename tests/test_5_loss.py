@@ -90,7 +90,7 @@ def test_algorithm1_draws_standard_normal_noise_for_each_pixel_alone():
     has_mean("eps_i eps_j across images", eps[::2, 0] * eps[1::2, 0], 0)
 
 
-def test_eq14_averages_over_t_and_noise():
+def test_eq14_of_the_model_0_is_1():
     """Without t and eps, the loss of the model 0 is E eps^2 = 1 at any image."""
     losses = [ddpm.loss_simple(Recorder(), ddpm.Diffusion(BRUTAL), torch.ones(64, 4)).item()
               for _ in range(100)]  # fmt: skip

@@ -15,15 +15,15 @@ import threading
 
 import numpy as np
 import pytest
-import reference_numpy as ref
 import torch
-from conftest import ROOT
 from judge import close
 from PIL import Image
 
 import evaluate
+import reference_numpy as ref
 import sample
 import train
+from conftest import ROOT
 
 TINY = "--limit 64 --batch-size 16 --width 8 --timesteps 20 --warmup 0 --device cpu --sample-every 0".split()
 
@@ -40,27 +40,6 @@ def run(*command, **how):
     process = start(*command, **how)
     out, err = process.communicate(timeout=120)
     return process.returncode, out, err
-
-
-@pytest.fixture
-def call(monkeypatch, capsys, tmp_path):
-    """Runs a command inside this process, which saves its start: (exit status, output, errors)."""
-    monkeypatch.chdir(tmp_path)
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def call(module, *flags):
-        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, flags)])
-        capsys.readouterr()
-        try:
-            sample.run(module.main, module.Config, module.__doc__)
-            status = 0
-        except SystemExit as stop:
-            status = stop.code
-        return status, *capsys.readouterr()
-
-    yield call
-    for signum, handler in handlers.items():
-        signal.signal(signum, handler)
 
 
 @pytest.fixture(scope="session")
@@ -255,7 +234,8 @@ def test_batches_go_through_all_images_once_an_epoch_in_an_order_that_the_seed_d
     """Steps of 4 in 10 images: any ten images in a row from a multiple of ten are all ten."""
     row = torch.cat([train.places(step, 4, 10, seed=1) for step in range(10)]).tolist()
     assert all(sorted(row[i : i + 10]) == list(range(10)) for i in range(0, 40, 10))
-    assert row[:10] != row[10:20] and row != torch.cat([train.places(s, 4, 10, 2) for s in range(10)]).tolist()
+    other = torch.cat([train.places(step, 4, 10, seed=2) for step in range(10)]).tolist()
+    assert row[:10] != row[10:20] and row != other
     assert sorted(train.places(0, 25, 10, 1).tolist()[:10]) == list(range(10))  # a batch of more than all
 
 

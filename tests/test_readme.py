@@ -7,11 +7,12 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
 from mutants import CATALOGUE
 
+import evaluate
 import sample
 import train
+from conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
@@ -20,27 +21,17 @@ COMMANDS = [part.split("#")[0].strip() for language, block in BLOCKS if language
 
 # What makes a command of the README take seconds: added at its end, where it wins.
 SHORT = {
-    "train.py": "--epochs 1 --limit 32 --batch-size 8 --width 8 --timesteps 5 --sample-every 1 --out {ckpt}",
-    "sample.py": "--ckpt {ckpt} --n 3 --steps 2",
-    "evaluate.py": "--ckpt {ckpt} --n 2",
+    "train.py": "--epochs 1 --limit 32 --batch-size 8 --width 8 --timesteps 5 --sample-every 0",
+    "sample.py": "--n 3 --steps 2",
+    "evaluate.py": "--n 2",
     "-m pytest": "--collect-only -q",
     "tests/mutants.py": "t = 1 is never drawn",
 }
 
 
-@pytest.fixture(scope="module")
-def project(tmp_path_factory):
-    """A folder that looks like the project, with a small checkpoint in it."""
-    folder = tmp_path_factory.mktemp("project")
-    for path in ROOT.iterdir():
-        if not path.name.startswith(".") and path.suffix not in (".pt", ".png"):
-            (folder / path.name).symlink_to(path)
-    run(f"train.py {SHORT['train.py'].format(ckpt='ckpt.pt')}", folder)
-    return folder
-
-
-def run(command, folder):
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+def run(command, folder=ROOT):
+    """What a Python command prints, as a process of its own."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, *shlex.split(command)], cwd=folder, env=env, text=True,
                           capture_output=True, timeout=100)  # fmt: skip
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
@@ -55,33 +46,37 @@ def test_there_are_two_commands_for_a_fresh_machine_and_they_set_up_all():
 
 
 @pytest.mark.parametrize("command", dict.fromkeys(COMMANDS))
-def test_every_command_of_the_readme_runs(command, project):
-    """As it stands, but shortened: fewer epochs, images and steps. Without a network, CIFAR-10's flags
-    and torchrun's are only parsed."""
-    if command in ("python3 -m venv .venv", ".venv/bin/pip install -r requirements.txt"):
-        assert (project / "requirements.txt").is_file()
-    elif "cifar10" in command:
-        train_flags = shlex.split(command.split("train.py")[1])
-        assert train.with_recipe(sample.parse_flags(train.Config, "", train_flags)[0]).lr == 2e-4
-    elif "path/to/images" in command:
-        (project / "path/to").mkdir(parents=True, exist_ok=True)
-        if not (project / "path/to/images").exists():
-            (project / "path/to/images").symlink_to(ROOT / "docs")
-        flags = SHORT["train.py"].format(ckpt="other.pt")
-        run(command.removeprefix(".venv/bin/python ") + " " + flags, project)
-    elif "--resume" in command:
-        run(command.removeprefix(".venv/bin/python ") + " --epochs 2 --out again.pt", project)
+def test_every_command_of_the_readme_runs(command, call, tmp_path):
+    """As it stands, but shortened: fewer epochs, images and steps. Without a network, those that want
+    CIFAR-10 are only parsed."""
+    words = shlex.split(command.removeprefix(".venv/bin/python "))
+    script = next((name for name in SHORT if name in command), None)
+    if "cifar10" in command:
+        flags = sample.parse_flags(train.Config, "", words[words.index("train.py") + 1 :])[0]
+        assert train.with_recipe(flags).lr == 2e-4
+    elif "--ddpm" in command:
+        run(" ".join(words).replace("path/to/my_ddpm.py", "ddpm.py") + " --collect-only -q")
+    elif script is None:
+        assert command in ("python3 -m venv .venv", ".venv/bin/pip install -r requirements.txt")
+        assert (ROOT / "requirements.txt").is_file()
+    elif not script.endswith(".py") or script.startswith("tests/"):
+        run(" ".join(words) + " " + SHORT[script])
     else:
-        script = next(name for name in SHORT if name in command)
-        assert command.startswith(".venv/bin/python ")
-        short = SHORT[script].format(ckpt="ckpt.pt")
-        run(f"{command.removeprefix('.venv/bin/python ')} {short}", project)
+        (tmp_path / "path" / "to").mkdir(parents=True)
+        (tmp_path / "path" / "to" / "images").symlink_to(ROOT / "docs")
+        if script != "train.py" or "--resume" in words:
+            assert call(train, *SHORT["train.py"].split())[0] == 0
+            epochs = ["--epochs", 2, "--sample-every", 0]
+        short = epochs if "--resume" in words else SHORT[script].split()
+        module = {"train.py": train, "sample.py": sample, "evaluate.py": evaluate}[script]
+        status, _, err = call(module, *words[1:], *short)
+        assert status == 0, err
 
 
-def test_the_code_of_the_readme_runs_and_prints_what_it_says(project):
+def test_the_code_of_the_readme_runs_and_prints_what_it_says():
     [code] = [block for language, block in BLOCKS if language == "python"]
     expected = re.search(r"print\(.*# (.*)", code)[1]
-    assert run(f"-c {shlex.quote(code)}", project).strip() == expected
+    assert run(f"-c {shlex.quote(code)}").strip() == expected
 
 
 def test_the_map_of_the_readme_gives_the_lines_equations_and_tests_of_each_section():
@@ -100,7 +95,7 @@ def test_the_map_of_the_readme_gives_the_lines_equations_and_tests_of_each_secti
         assert equations == in_file[29:59].strip()
 
 
-def test_the_numbers_of_the_readme_are_those_of_the_files(pytestconfig):
+def test_the_numbers_of_the_readme_are_those_of_the_files():
     assert f"in {len((ROOT / 'ddpm.py').read_text().splitlines())} lines" in README.replace("\n", " ")
     assert f"{len(CATALOGUE)} of {len(CATALOGUE)}" in README
     assert (ROOT / "docs" / "grid.png").is_file()

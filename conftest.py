@@ -3,13 +3,14 @@
 import importlib.util
 import os
 import pathlib
+import signal
 import sys
 
 import hypothesis
 import pytest
 import torch
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import judge  # noqa: E402
@@ -17,12 +18,12 @@ import judge  # noqa: E402
 NAMES = {
     "linear_schedule", "cosine_schedule", "exponential_schedule", "at", "Diffusion",
     "Diffusion.q_sample", "Diffusion.posterior_mean", "Diffusion.x0_from_eps",
-    "Diffusion.eps_from_x0", "Diffusion.p_mean", "loss_simple", "randn_like", "all_at",
+    "Diffusion.eps_from_x0", "Diffusion.p_mean", "loss_simple", "noise_like", "same_t",
     "sample_ancestral", "ddim_grid", "sample_ddim", "normal_kl", "discretized_log_likelihood",
     "bound_terms", "timestep_embedding", "init", "conv", "norm", "ResBlock", "Attention", "Stack",
     "UNet",
 }  # fmt: skip
-PARTS = {"at", "all_at", "init", "conv", "norm", "Stack"}  # used by the others, not judged themselves
+PARTS = {"at", "same_t", "init", "conv", "norm", "Stack"}  # used by the others, not judged themselves
 
 # No deadline, since machines are noisy. CI tries the same examples each time, others fresh ones.
 hypothesis.settings.register_profile("dev", deadline=None)
@@ -77,6 +78,29 @@ def pytest_collection_modifyitems(config, items):
 def seeded():
     """Statistics are replayed with the same numbers, or with fresh ones by --hypothesis-seed=N."""
     torch.manual_seed(judge.SEED)
+
+
+@pytest.fixture
+def call(monkeypatch, capsys, tmp_path):
+    """Runs a command inside this process, which saves its start: (exit status, output, errors)."""
+    import sample
+
+    monkeypatch.chdir(tmp_path)
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def call(module, *flags):
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, flags)])
+        capsys.readouterr()
+        try:
+            sample.run(module.main, module.Config, module.__doc__)
+            status = 0
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capsys.readouterr()
+
+    yield call
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
 
 
 def pytest_terminal_summary(terminalreporter, config):
