@@ -4,6 +4,7 @@
     python evaluate.py --ckpt ckpt.pt --data path/to/held-out/images
 """
 
+import os
 from dataclasses import dataclass, replace
 
 import torch
@@ -46,6 +47,8 @@ def main(cfg, given):
 
         rows.append(ddpm.bound_terms(model, d, x0, [d.beta, d.beta_tilde], generator=generators))
     progress.close()
+    if not all(row.isfinite().all() for row in rows):
+        raise Failure(f"{cfg.ckpt}: the network's output is not finite; its training diverged")
     report(torch.cat(rows, dim=1), f"{N:,} {what}, {cfg.weights} weights at step {ckpt['step']}")
 
 
@@ -53,16 +56,16 @@ def held_out(cfg, ckpt):
     """The images to evaluate, sized as the checkpoint's, their labels or None, and what to call them."""
     saved = {k: v for k, v in ckpt["config"].items() if k in train.Config.__dataclass_fields__}
     data = cfg.data or saved["data"]
+    data = os.path.abspath(data) if train.kind(data) == "folder" else data
+    if ckpt["classes"] and data != saved["data"]:
+        raise Failure(f"--data {data}: the network wants the labels of {saved['data']}")
     C, H, W = ckpt["shape"]
     settings = replace(train.Config(**saved), data=data, data_dir=cfg.data_dir, limit=cfg.n, size=f"{H}x{W}",
                        channels=C, skip_broken=cfg.skip_broken)
     images, labels, _ = train.load_data(settings, train=False)
     if tuple(images.shape[1:]) != (C, H, W):
         raise UsageError(f"--data {data}: images of {tuple(images.shape[1:])}, but a network for {(C, H, W)}")
-    if not ckpt["classes"]:
-        labels = None
-    elif data != saved["data"]:
-        raise Failure(f"--data {data}: the network wants the labels of {saved['data']}")
+    labels = labels if ckpt["classes"] else None
     same = train.kind(data) == "folder" and data == saved["data"]
     what = "images it was trained on" if same else f"held-out images of {data}"
     return images, labels, what
@@ -80,9 +83,8 @@ def report(terms, title):
     print(f"{title}; bits/dim")
     print(f"{'':32}{'sigma^2 = beta':>22}{'sigma^2 = beta_tilde':>22}")
     for name, values in parts.items():
-        error = values.std(1) / values.shape[1] ** 0.5
-        cells = (f"{m:.5f} ± {e:.5f}" if values.shape[1] > 1 else f"{m:.5f}"
-                 for m, e in zip(values.mean(1), error, strict=True))
+        n = values.shape[1]
+        cells = (f"{row.mean():.5f}" + (f" ± {row.std() / n**0.5:.5f}" if n > 1 else "") for row in values)
         print(f"{name:32}" + "".join(f"{cell:>22}" for cell in cells))
 
 

@@ -8,12 +8,16 @@ The first half is sampling; the second, what all three commands share: flags, fi
 import argparse
 import contextlib
 import difflib
+import math
 import os
 import pathlib
+import shutil
+import signal
 import sys
 import time
 import types
 import typing
+import warnings
 from dataclasses import MISSING, dataclass, field, fields
 
 import numpy as np
@@ -52,6 +56,7 @@ class Config:
 def main(cfg, given):
     device = pick_device(cfg.device)
     write = writer(pathlib.Path(cfg.out), cfg.out.endswith(("/", os.sep)))
+    kind = pathlib.Path(cfg.out).suffix.lower()
     ckpt = load_checkpoint(cfg.ckpt)
     net, d = load_model(ckpt, cfg.weights, device)
     steps = d.T if cfg.steps is None else cfg.steps
@@ -63,8 +68,10 @@ def main(cfg, given):
     classes, (_, H, W) = ckpt["classes"], ckpt["shape"]
     labels = class_labels(cfg, classes)
     n = len(labels)
-    animate = pathlib.Path(cfg.out).suffix in (".gif", ".webp")
     columns = len(classes) if classes and cfg.label is None else round(n**0.5)
+    height, limit = -(-n // columns) * cell(H, W)[0], {".webp": 16_000, ".gif": 65_000}.get(kind)
+    if limit and max(height, columns * cell(H, W)[1]) > limit:
+        raise UsageError(f"--n {n}: too many for one {kind} picture; ask for fewer, or for a .png")
     frames, progress, done = [], Progress("sampling", steps * n, "image-steps"), 0
 
     images = []
@@ -76,7 +83,7 @@ def main(cfg, given):
             nonlocal done
             done += len(xs)
             progress(done, f"image {first + len(xs)} of {n}")
-            if animate and (s % max(1, d.T // 48) == 0 or steps <= 50):
+            if limit and (s % max(1, d.T // 48) == 0 or steps <= 50):
                 film.append(to_uint8(xs))
 
         seeds = range(cfg.seed + first, cfg.seed + first + len(y))
@@ -134,12 +141,18 @@ def grid(images, columns, gap=2):
     n, H, W, C = images.shape
     rows, scale = -(-n // columns), max(1, 64 // max(H, W))
     images = images.repeat(scale, axis=1).repeat(scale, axis=2)
-    H, W = H * scale + gap, W * scale + gap
+    H, W = cell(H, W, gap)
     sheet = np.full((rows * H + gap, columns * W + gap, C), 255, np.uint8)
     for i, image in enumerate(images):
         top, left = gap + i // columns * H, gap + i % columns * W
         sheet[top : top + H - gap, left : left + W - gap] = image
     return to_picture(sheet)
+
+
+def cell(H, W, gap=2):
+    """Height and width that an image takes in a grid."""
+    scale = max(1, 64 // max(H, W))
+    return H * scale + gap, W * scale + gap
 
 
 def to_picture(image):
@@ -153,26 +166,33 @@ def writer(out, folder):
         if out.is_dir() and any(out.iterdir()):
             raise Failure(f"--out {out}: the folder is not empty; name a new one")
 
+        writable(out if not out.exists() else out / "000000.png")
+
         def write(images, labels, columns, film):
-            out.mkdir(parents=True, exist_ok=True)
-            for i, image in enumerate(images):
-                with replacing(out / f"{i:06d}.png") as file:
-                    to_picture(image).save(file, "PNG")
+            partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+            partial.mkdir()
+            try:
+                for i, image in enumerate(images):
+                    to_picture(image).save(partial / f"{i:06d}.png", "PNG")
+                partial.replace(out)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
 
         return write
-    if out.suffix not in kinds:
+    kind = out.suffix.lower()
+    if kind not in kinds:
         raise UsageError(f"--out {out}: must end in {', '.join(kinds)}, or in / for a folder")
     writable(out)
 
     def write(images, labels, columns, film):
         with replacing(out) as file:
-            if out.suffix == ".npz":
+            if kind == ".npz":
                 np.savez(file, images, **({} if labels is None else {"arr_1": labels}))
-            elif out.suffix == ".png":
+            elif kind == ".png":
                 grid(images, columns).save(file, "PNG")
             else:
                 pictures = [grid(frame, columns) for frame in film]
-                pictures[0].save(file, out.suffix[1:].upper(), save_all=True, loop=0,
+                pictures[0].save(file, kind[1:].upper(), save_all=True, loop=0,
                                  append_images=pictures[1:],
                                  duration=[60] * (len(pictures) - 1) + [2000])
 
@@ -189,27 +209,42 @@ SCHEDULES = {"linear": ddpm.linear_schedule, "cosine": ddpm.cosine_schedule,
 def load_checkpoint(path):
     """The dictionary that train.py saved, on the CPU. No code in the file is run."""
     if not os.path.isfile(path):
-        raise Failure(f"{path}: no such file; train.py writes checkpoints (--out)")
+        problem = "is a folder" if os.path.isdir(path) else "no such file"
+        raise Failure(f"{path}: {problem}; train.py writes checkpoints (--out)")
     try:
-        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):
+            ckpt = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception:  # whatever a truncated or foreign file makes the reader raise
         raise Failure(f"{path}: cannot be read as a checkpoint; truncated, or another program's") from None
     if not isinstance(ckpt, dict) or "ddpm_format" not in ckpt:
         raise Failure(f"{path}: a torch file, but not a checkpoint of train.py")
-    if ckpt["ddpm_format"] > FORMAT:
-        raise Failure(f"{path}: its format {ckpt['ddpm_format']} is newer than this program's, "
+    if ckpt["ddpm_format"] != FORMAT:
+        raise Failure(f"{path}: its format, {ckpt['ddpm_format']}, is newer than this program's, "
                       f"{FORMAT}; update the program")
+    with refusing():
+        (_, _, _), step, images = ckpt["shape"], ckpt["step"], ckpt["images"]
+        assert step >= 0 and images > 0 and len(ckpt["classes"]) == (ckpt["network"]["num_classes"] or 0)
     return ckpt
+
+
+@contextlib.contextmanager
+def refusing():
+    """Whatever a damaged checkpoint makes the code raise, in one line."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError):
+        raise Failure("the checkpoint's contents do not fit together: damaged, or edited") from None
 
 
 def load_model(ckpt, weights="ema", device="cpu"):
     """The network in eval mode and its diffusion, from a checkpoint."""
-    net = ddpm.UNet(**ckpt["network"])
-    net.load_state_dict(ckpt["ema" if weights == "ema" else "model"])
-    net = net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-    return net, make_diffusion(ckpt["config"]["schedule"], ckpt["config"]["timesteps"])
+    with refusing():
+        net = ddpm.UNet(**ckpt["network"])
+        net.load_state_dict(ckpt["ema" if weights == "ema" else "model"])
+        d = make_diffusion(ckpt["config"]["schedule"], ckpt["config"]["timesteps"])
+    return net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), d
 
 
 def make_diffusion(schedule, T):
@@ -229,12 +264,19 @@ class Failure(Exception):
 
 def run(main, config, description):
     """main(flags, names of those given); every expected error becomes one line and an exit status."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it cleans up as Ctrl-C does
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
     try:
         main(*parse_flags(config, description, sys.argv[1:]))
     except UsageError as error:
         status, message = 2, error
-    except torch.OutOfMemoryError:
-        status, message = 1, "out of memory on the device; try a smaller --batch-size"
+    except (torch.OutOfMemoryError, MemoryError):
+        status, message = 1, OUT_OF_MEMORY
+    except RuntimeError as error:
+        if "allocate memory" not in str(error):
+            raise
+        status, message = 1, OUT_OF_MEMORY
     except BrokenPipeError:
         status, message = 1, "nobody reads the output any more"
     except OSError as error:
@@ -250,9 +292,15 @@ def run(main, config, description):
     sys.exit(status)
 
 
+OUT_OF_MEMORY = "out of memory; try a smaller --batch-size, or smaller images or networks"
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UsageError(f"{message} (--help lists the flags)")
+
+
+METAVARS = {int: "N", float: "X", str: "NAME"}
 
 
 def parse_flags(config, description, argv):
@@ -263,18 +311,18 @@ def parse_flags(config, description, argv):
         kind = typing.get_args(f.type)[0] if isinstance(f.type, types.UnionType) else f.type
         about, name = f.metadata, "--" + f.name.replace("_", "-")
         text = about["text"].replace("%", "%%")
-        if f.default not in (None, MISSING, False):
+        if not any(f.default is nothing for nothing in (None, MISSING, False)):
             text += f" (default: {f.default})"
         if kind is bool:
             parser.add_argument(name, dest=f.name, action="store_true", help=text)
         else:
             parser.add_argument(name, dest=f.name, type=checked(kind, about), help=text,
                                 required=f.default is MISSING, choices=about["choices"],
-                                metavar=None if about["choices"] else kind.__name__.upper())
+                                metavar=None if about["choices"] else METAVARS[kind])
     known, unknown = parser.parse_known_args(argv)
     if unknown:
         names = ["--" + f.name.replace("_", "-") for f in fields(config)]
-        near = difflib.get_close_matches(unknown[0].split("=")[0], names, 1)
+        near = difflib.get_close_matches(unknown[0].split("=")[0], names, 1, 0.7)
         hint = f"; did you mean {near[0]}?" if near else " (--help lists the flags)"
         raise UsageError(f"unknown argument {unknown[0]}{hint}")
     return config(**vars(known)), set(vars(known))
@@ -286,6 +334,10 @@ def checked(kind, about):
 
     def parse(text):
         value = kind(text)
+        if kind is str and not text.strip():
+            raise argparse.ArgumentTypeError("must not be empty")
+        if (kind is int and abs(value) > 2**31) or (kind is float and not math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"{text} is impossible")
         if not (low is None or value >= low) or not (high is None or value <= high):
             span = f"at least {low}" if high is None else f"from {low} to {high}"
             raise argparse.ArgumentTypeError(f"{text} is impossible; it must be {span}")
@@ -301,6 +353,8 @@ def pick_device(name):
         name = ("cuda" if torch.cuda.is_available()
                 else "mps" if torch.backends.mps.is_available() else "cpu")
     try:
+        if name.split(":")[0] == "meta":
+            raise RuntimeError
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError, NotImplementedError):
         raise UsageError(f"--device {name}: not on this machine; try cpu") from None
@@ -312,8 +366,10 @@ def writable(path):
     folder = pathlib.Path(path).parent
     if not folder.is_dir():
         raise Failure(f"{path}: there is no folder {folder}")
-    if pathlib.Path(path).is_dir():
+    if pathlib.Path(path).is_dir() or (isinstance(path, str) and path.endswith("/")):
         raise Failure(f"{path}: is a folder")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise Failure(f"{path}: is not an ordinary file")
     if not os.access(folder, os.W_OK):
         raise Failure(f"{path}: no permission to write there")
 
@@ -321,7 +377,7 @@ def writable(path):
 @contextlib.contextmanager
 def replacing(path):
     """A binary file that takes the place of `path` once it is complete and on disk, or not at all."""
-    path = pathlib.Path(path)
+    path = pathlib.Path(os.path.realpath(path))
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as file:
@@ -333,6 +389,8 @@ def replacing(path):
         partial.unlink(missing_ok=True)
         if isinstance(error, RuntimeError):  # how torch.save reports a full disk
             raise Failure(f"{path}: cannot be written, the disk may be full; nothing changed") from None
+        if isinstance(error, OSError) and not error.filename:
+            raise Failure(f"{path}: {error.strerror or error}; nothing changed") from None
         raise
 
 

@@ -16,18 +16,20 @@ import json
 import math
 import os
 import pathlib
+import shlex
 import signal
 import sys
 import tarfile
 import time
 import urllib.error
 import urllib.request
+import warnings
 from dataclasses import asdict, dataclass, fields, replace
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 import ddpm
 import sample
@@ -87,10 +89,18 @@ def main(cfg, given):
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     saved = sample.load_checkpoint(cfg.resume) if cfg.resume else None
     cfg = resumed(cfg, given, saved) if saved else with_recipe(cfg)
+    if cfg.batch_size % world:
+        raise UsageError(f"--batch-size {cfg.batch_size} cannot be shared evenly by {world} processes")
+    if kind(cfg.data) == "folder":  # refused before the folder is read, not after
+        network_for(cfg, (cfg.channels, *parse_size(cfg.size)), 0)
     device = sample.pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if world > 1 and cfg.device == "auto"
                                 and torch.cuda.is_available() else cfg.device)
-    for path in filter(None, (cfg.out, cfg.log)):
-        sample.writable(path)
+    sample.writable(cfg.out)
+    if cfg.log:
+        if os.path.realpath(cfg.log) in map(os.path.realpath, (cfg.out, cfg.resume or cfg.out)):
+            raise UsageError(f"--log {cfg.log}: is the checkpoint; name another file")
+    if not saved and os.path.exists(cfg.out) and rank == 0:
+        print(f"note: {cfg.out} exists and will be replaced; --resume goes on with it", file=sys.stderr)
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if rank > 0:
@@ -99,8 +109,6 @@ def main(cfg, given):
     if world > 1 and rank == 0:
         dist.barrier()
     shape, N, B = tuple(images.shape[1:]), len(images), cfg.batch_size
-    if B % world:
-        raise UsageError(f"--batch-size {B} cannot be shared evenly by {world} processes")
     bf16 = cfg.precision == "bf16" or (
         cfg.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
     torch.set_float32_matmul_precision("high" if bf16 else "highest")
@@ -113,14 +121,20 @@ def main(cfg, given):
     params = list(net.parameters())
     optimizer = torch.optim.Adam(params, cfg.lr, fused=device.type in ("cuda", "cpu"))
     step = 0
+    if saved and saved["images"] != N:
+        raise Failure(f"{cfg.data}: {N:,} images, but {saved['images']:,} when this run began")
     if saved:
-        net.load_state_dict(saved["model"])
-        ema.load_state_dict(saved["ema"])
-        optimizer.load_state_dict(saved["optimizer"])
-        step = saved["step"]
+        with sample.refusing():
+            net.load_state_dict(saved["model"])
+            ema.load_state_dict(saved["ema"])
+            optimizer.load_state_dict(saved["optimizer"])
+            step = saved["step"]
+    if cfg.log:
+        open(cfg.log, "a").close()  # if it cannot be written, this is the time to say so
     steps = math.ceil(cfg.epochs * N / B)
     if step >= steps:
-        raise UsageError(f"{cfg.resume} has done its {cfg.epochs} epochs; ask for more with --epochs")
+        raise UsageError(f"{cfg.resume} has done {step * B / N:g} of {cfg.epochs} epochs; ask for more "
+                         f"with --epochs")
     model = torch.compile(net) if cfg.compile else net
     if world > 1:
         model = torch.nn.parallel.DistributedDataParallel(model)
@@ -144,10 +158,12 @@ def main(cfg, given):
         return x0.contiguous(memory_format=torch.channels_last), y, t, eps
 
     def save():
+        if not all(p.isfinite().all() for p in params):
+            raise Failure(f"the weights are not finite at step {step}: a lower --lr may help")
         if rank == 0:
             with replacing(cfg.out) as file:
                 torch.save(dict(ddpm_format=sample.FORMAT, config=asdict(cfg), network=network,
-                                shape=shape, classes=classes, step=step, model=net.state_dict(),
+                                shape=shape, classes=classes, images=N, step=step, model=net.state_dict(),
                                 ema=ema.state_dict(), optimizer=optimizer.state_dict()), file)
 
     def draw_grid(epoch):
@@ -160,7 +176,7 @@ def main(cfg, given):
 
     stop = []
     for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, lambda number, frame: stop.append(number))
+        signal.signal(signum, lambda number, frame: interrupt(stop, number))
     progress = Progress("training", steps, "steps", step) if rank == 0 else None
     every = cfg.epochs // 10 or 1 if cfg.sample_every is None else cfg.sample_every
     losses, since = torch.zeros(2, device=device), (step, time.monotonic())
@@ -196,7 +212,7 @@ def main(cfg, given):
         now, speed = time.monotonic(), (step - since[0]) * B / (time.monotonic() - since[1])
         losses, since = torch.zeros_like(losses), (step, now)
         if rank == 0:
-            progress(step, f"epoch {epoch + (not epoch_ends)} of {cfg.epochs}  loss {mean:.4f}")
+            progress(step, f"epoch {min(epoch + 1, cfg.epochs)} of {cfg.epochs}  loss {mean:.4f}")
             if cfg.log:
                 with open(cfg.log, "a") as file:
                     print(json.dumps(dict(step=step, epoch=step * B / N, loss=mean, images_per_s=speed,
@@ -206,22 +222,29 @@ def main(cfg, given):
             print(f"epoch {min(epoch, cfg.epochs)} of {cfg.epochs}: loss {seen[0] / seen[1]:.4f}, "
                   f"{duration(now - epoch_began)}", flush=True)
             seen, epoch_began = torch.zeros(2), now
-        grid_due = epoch_ends and every and (epoch % every == 0 or step == steps)
+        grid_due = every and (epoch // every > (step - 1) * B // N // every or step == steps)
         if stop or grid_due or step == steps or now - saved_at > 600:
             save()
             saved_at = now
         if stop:
             if rank == 0:
                 progress.close()
-                print(f"stopped at step {step} of {steps}; go on with --resume {cfg.out}")
-            raise KeyboardInterrupt
+                print(f"stopped at step {step} of {steps}; go on with --resume {shlex.quote(cfg.out)}")
+            sys.exit(130)
         if grid_due:
             draw_grid(epoch)
     if rank == 0:
-        print(f"{cfg.out}: {cfg.epochs} epochs, {steps} steps; now: python sample.py --ckpt {cfg.out} "
+        print(f"{cfg.out}: {steps} steps done; now: python sample.py --ckpt {shlex.quote(cfg.out)} "
               f"--out grid.png")
     if world > 1:
         dist.destroy_process_group()
+
+
+def interrupt(stop, number):
+    """The first Ctrl-C ends the run after the step, with a checkpoint; the second, at once."""
+    stop.append(number)
+    if len(stop) > 1:
+        raise KeyboardInterrupt
 
 
 # --- Settings ------------------------------------------------------------------------------------
@@ -238,11 +261,15 @@ def with_recipe(cfg):
             if getattr(cfg, name) is not None:
                 raise UsageError(f"--{name} is for a folder of images; {cfg.data} has its own")
     recipe = RECIPES[kind(cfg.data)]
+    if kind(cfg.data) == "folder":
+        cfg, recipe = replace(cfg, data=os.path.abspath(cfg.data)), dict(recipe, size="32", channels=3)
     return replace(cfg, **{k: v for k, v in recipe.items() if getattr(cfg, k) is None})
 
 
 def resumed(cfg, given, saved):
     """The saved run's settings, changed by the flags given now, where a run can change."""
+    if kind(cfg.data) == "folder":
+        cfg = replace(cfg, data=os.path.abspath(cfg.data))
     for name in ("data", "size", "channels", "limit", "seed", "batch_size", "schedule", "timesteps",
                  "width", "dropout"):
         if name in given and getattr(cfg, name) != saved["config"][name]:
@@ -310,8 +337,7 @@ def load_data(cfg, train):
         return images, torch.from_numpy(labels).long(), list(GLYPHS)
     if cfg.data == "cifar10":
         return torch.from_numpy(load_cifar10(cfg.data_dir, train))[: cfg.limit], None, []
-    images = load_folder(cfg.data, parse_size(cfg.size or "32"), cfg.channels or 3, cfg.data_dir,
-                         cfg.skip_broken)
+    images = load_folder(cfg.data, parse_size(cfg.size), cfg.channels, cfg.data_dir, cfg.skip_broken)
     return torch.from_numpy(images)[: cfg.limit], None, []
 
 
@@ -387,7 +413,7 @@ def unpack_cifar10(root):
 def download(url, path):
     try:
         with urllib.request.urlopen(url, timeout=30) as reply, replacing(path) as file:
-            total, done = int(reply.headers["Content-Length"]), 0
+            total, done = int(reply.headers["Content-Length"] or 170_052_171), 0
             progress = Progress(f"downloading {path.name}", total, "bytes")
             while chunk := reply.read(1 << 20):
                 file.write(chunk)
@@ -414,9 +440,9 @@ def load_folder(folder, size, channels, cache_dir, skip_broken):
     """Every image under `folder`, centre-cropped: a memory-mapped uint8 (N, C, H, W) cache of them."""
     root, (H, W) = pathlib.Path(folder), size
     if not root.is_dir():
-        raise Failure(f"--data {folder}: neither glyphs nor cifar10, and there is no such folder")
-    files = sorted(p for p in root.rglob("*")
-                   if p.is_file() and not any(s.startswith(".") for s in p.relative_to(root).parts))
+        problem = "it is a file" if root.exists() else "there is no such folder"
+        raise Failure(f"--data {folder}: neither glyphs nor cifar10, and {problem}")
+    files = sorted(visible_files(root))
     if not files:
         raise Failure(f"--data {folder}: there are no images in it")
     listing = [(str(p.relative_to(root)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
@@ -428,8 +454,23 @@ def load_folder(folder, size, channels, cache_dir, skip_broken):
     return np.memmap(cache, np.uint8, "c").reshape(-1, channels, H, W)
 
 
+def visible_files(root):
+    """Every file under root whose path has no hidden part; links to folders are followed once."""
+    seen = set()
+    for folder, names, files in os.walk(root, followlinks=True, onerror=reraise):
+        names[:] = [name for name in names if not name.startswith(".")
+                    and (real := os.path.realpath(os.path.join(folder, name))) not in seen
+                    and not seen.add(real)]
+        yield from (pathlib.Path(folder) / name for name in files if not name.startswith("."))
+
+
+def reraise(error):
+    raise error
+
+
 def decode_folder(files, size, channels, cache, skip_broken):
     progress, broken = Progress("reading images", len(files), "images"), []
+    warnings.filterwarnings("ignore", module="PIL")  # what cannot be read is named below
     with (replacing(cache) as out, concurrent.futures.ThreadPoolExecutor() as pool):
         for i, pixels in enumerate(pool.map(lambda path: decode(path, size, channels), files)):
             if isinstance(pixels, str):
@@ -457,6 +498,8 @@ def decode(path, size, channels):
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith(("I", "F")):  # 16 bits or floats, which convert() would clip
                 values = np.asarray(image, np.float64)
+                if not np.isfinite(values).all():
+                    raise ValueError("it holds values that are not finite")
                 top = 65535 if image.mode.startswith("I") else 1 if values.max() <= 1 else 255
                 image = Image.fromarray((values.clip(0, top) * (255 / top)).round().astype(np.uint8))
             if image.has_transparency_data:
@@ -464,8 +507,12 @@ def decode(path, size, channels):
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             image = image.convert("L" if channels == 1 else "RGB")
             image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.LANCZOS)
+    except PermissionError:
+        raise
+    except UnidentifiedImageError:
+        return "cannot be read as an image (its format is not known)"
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        return f"cannot be read as an image ({type(error).__name__})"
+        return f"cannot be read as an image ({error})"
     return np.asarray(image).reshape(*size, channels).transpose(2, 0, 1).tobytes()
 
 

@@ -664,7 +664,7 @@ def try_mutant(mutant):
     status, _, message = judge(source.replace(mutant.old, mutant.new), [locate(mutant.test)])
     if status == 0:
         return mutant, False, f"SURVIVED {mutant.test}"
-    if status != 1 or not (is_assertion(message) or mutant.crash and message.startswith(mutant.crash)):
+    if status != 1 or not (is_assertion(message) or (mutant.crash and message.startswith(mutant.crash))):
         return mutant, False, f"died, but not of its test (exit status {status}): {message.splitlines()[0]}"
     return mutant, True, message.splitlines()[0]
 

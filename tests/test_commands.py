@@ -6,6 +6,7 @@ import os
 import pathlib
 import pty
 import resource
+import shlex
 import signal
 import socket
 import subprocess
@@ -91,7 +92,7 @@ def test_evaluate_prints_the_bound_and_its_terms_for_both_variances(trained, ckp
     close("L_T + rate + distortion", values[:3].sum(0), values[3], 2e-5, 1.0)
 
 
-@pytest.mark.parametrize("out", ["a.gif", "a.webp", "a.npz", "a/"])
+@pytest.mark.parametrize("out", ["a.gif", "a.WEBP", "a.npz", "a/"])
 def test_sample_writes_animations_arrays_and_folders(call, trained, ckpt, tmp_path, out):
     C, H, W = sample.load_checkpoint(ckpt)["shape"]
     status, _, err = call(sample, "--ckpt", ckpt, "--out", out, "--n", 3, "--steps", 4)
@@ -211,8 +212,10 @@ def test_two_processes_make_the_same_run_as_one(tmp_path):
     assert done.returncode == 0, done.stderr
     one, two = (sample.load_checkpoint(tmp_path / name) for name in ("one.pt", "two.pt"))
     assert one["step"] == two["step"] == 8
-    for name, w in one["ema"].items():
-        close(name, two["ema"][name], w, 1e-3, max(1e-3, w.abs().max().item()))
+    x, t, eps = torch.randn(4, *one["shape"]), torch.tensor([1, 5, 10, 20]), []
+    for ckpt in one, two:
+        eps.append(sample.load_model(ckpt)[0](x, t))
+    close("eps of both networks", eps[1], eps[0], 1e-3, 1.0)
 
 
 # --- Data ----------------------------------------------------------------------------------------
@@ -416,18 +419,23 @@ def test_cifar10_without_a_network_names_the_three_ways_out(call, monkeypatch):
     (train, "--data . --size 30x32", "multiples of 8; try 24x32 or 32x32"),
     (train, "--data . --size big", "--size big: must be one number or HEIGHTxWIDTH"),
     (train, "--data . --size 0", "--size 0: must be"),
+    (train, "--resume ''", "--resume: must not be empty"),
+    (train, "--lr inf", "--lr: inf is impossible"),
+    (train, "--epochs 99999999999", "--epochs: 99999999999 is impossible"),
+    (train, "--out a.pt --log a.pt", "--log a.pt: is the checkpoint"),
     (train, "--width 10", "--width 10: must be a multiple of 4"),
     (sample, "--out a.png", "arguments are required: --ckpt"),
     (sample, "--ckpt {ckpt} --out a.jpg", "must end in .png, .gif, .webp, .npz, or in / for a folder"),
     (sample, "--ckpt {ckpt} --out a.png --steps 21", "the checkpoint has T = 20 steps"),
     (sample, "--ckpt {ckpt} --out a.png --steps 5 --variance beta", "--variance is for all T steps"),
+    (sample, "--ckpt {ckpt} --out a.gif --n 99999 --steps 1", "too many for one .gif picture"),
     (sample, "--ckpt {ckpt} --out a.png --eta 2", "--eta: 2 is impossible"),
     (sample, "--ckpt {ckpt} --out a.png --label Q", "--label Q: not a class of this checkpoint; its classes"),
     (evaluate, "--ckpt {ckpt} --n 0", "--n: 0 is impossible"),
 ])  # fmt: skip
 def test_a_wrong_call_is_one_line_and_status_2(call, ckpt, tmp_path, module, flags, words):
     stripes(40, 40).save(tmp_path / "image.png")
-    status, out, err = call(module, *flags.format(ckpt=ckpt).split())
+    status, out, err = call(module, *shlex.split(flags.format(ckpt=ckpt)))
     assert status == 2 and out == "" and err.count("\n") == 1 and words in err, err
     assert not list(tmp_path.glob("*.pt"))
 
@@ -437,6 +445,13 @@ def test_a_wrong_call_is_one_line_and_status_2(call, ckpt, tmp_path, module, fla
     (train, "--data empty", "there are no images in it"),
     (train, "--out nowhere/ckpt.pt", "there is no folder nowhere"),
     (train, "--out empty", "is a folder"),
+    (train, "--out new/", "is a folder"),
+    (train, "--out /dev/null", "is not an ordinary file"),
+    (train, "--data full/a.png", "it is a file"),
+    (sample, "--ckpt edited.pt --out a.png", "contents do not fit together"),
+    (train, "--resume edited.pt", "contents do not fit together"),
+    (sample, "--ckpt empty --out a.png", "is a folder"),
+    (evaluate, "--ckpt nan.pt --n 1", "not finite"),
     (train, "--resume nowhere.pt", "no such file"),
     (train, "--resume half.pt", "cannot be read as a checkpoint"),
     (sample, "--ckpt nowhere.pt --out a.png", "no such file"),
@@ -444,11 +459,11 @@ def test_a_wrong_call_is_one_line_and_status_2(call, ckpt, tmp_path, module, fla
     (sample, "--ckpt text.pt --out a.png", "cannot be read as a checkpoint"),
     (sample, "--ckpt pickle.pt --out a.png", "cannot be read as a checkpoint"),
     (sample, "--ckpt tensor.pt --out a.png", "not a checkpoint of train.py"),
-    (sample, "--ckpt newer.pt --out a.png", "format 2 is newer"),
+    (sample, "--ckpt newer.pt --out a.png", "its format, 2, is newer"),
     (sample, "--ckpt nan.pt --out a.png --n 1", "not finite"),
     (sample, "--ckpt {ckpt} --out nowhere/a.png", "there is no folder nowhere"),
     (sample, "--ckpt {ckpt} --out full/", "the folder is not empty"),
-    (evaluate, "--ckpt {ckpt} --data nowhere", "there is no such folder"),
+    (evaluate, "--ckpt {ckpt} --data nowhere", "the network wants the labels of glyphs"),
 ])  # fmt: skip
 def test_a_failing_world_is_one_line_and_status_1(call, ckpt, tmp_path, module, flags, words):
     whole = ckpt.read_bytes()
@@ -460,6 +475,7 @@ def test_a_failing_world_is_one_line_and_status_1(call, ckpt, tmp_path, module, 
     (tmp_path / "pickle.pt").write_bytes(b"cos\nsystem\n(S'touch owned'\ntR.")
     torch.save(torch.zeros(3), tmp_path / "tensor.pt")
     saved = sample.load_checkpoint(ckpt)
+    torch.save({**saved, "network": {**saved["network"], "ch": 16}}, tmp_path / "edited.pt")
     torch.save({**saved, "ddpm_format": 2}, tmp_path / "newer.pt")
     bad = {k: v * float("nan") for k, v in saved["ema"].items()}
     torch.save({**saved, "ema": bad}, tmp_path / "nan.pt")
@@ -469,10 +485,30 @@ def test_a_failing_world_is_one_line_and_status_1(call, ckpt, tmp_path, module, 
     assert sorted(tmp_path.rglob("*")) == before, "a file appeared or was lost"
 
 
+def test_resuming_on_other_images_is_refused(call, tmp_path):
+    """A folder that has changed since would make another run of it."""
+    (tmp_path / "album").mkdir()
+    stripes(8, 8).save(tmp_path / "album" / "a.png")
+    tiny = ["--batch-size", 2, "--width", 8, "--timesteps", 5, "--device", "cpu", "--size", 8]
+    assert call(train, "--data", "album", "--epochs", 1, *tiny)[0] == 0
+    stripes(8, 8).save(tmp_path / "album" / "b.png")
+    status, _, err = call(train, "--resume", "ckpt.pt", "--epochs", 9)
+    assert status == 1 and "2 images, but 1 when this run began" in err
+
+
+def test_a_folder_of_samples_is_there_whole_or_not_at_all(call, ckpt, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sample, "to_picture", full)
+    status, _, err = call(sample, "--ckpt", ckpt, "--out", "new/", "--n", 2, "--steps", 1)
+    assert status == 1 and "No space left" in err and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("flags, words", [
     ("--width 16", "--width 16: the run to resume has 8"),
     ("--timesteps 30", "--timesteps 30: the run to resume has 20"),
-    ("--epochs 4", "has done its 4 epochs; ask for more with --epochs"),
+    ("--epochs 4", "has done 4 of 4 epochs; ask for more with --epochs"),
 ])  # fmt: skip
 def test_resuming_another_run_or_a_finished_one_is_refused(call, ckpt, tmp_path, flags, words):
     (tmp_path / "a.pt").write_bytes(ckpt.read_bytes())
