@@ -157,10 +157,10 @@ def sample_ddim(model, d, xt, grid, eta=0.0, clip=True, generator=None, on_step=
     grid: increasing steps t_1 < .. < t_n in 1..T. xt (B, ...) at step t_n goes to t_{n-1}, .., t_1
     and 0. With eta = 1 on the full grid 1..T, this is Algorithm 2 with sigma2 = beta_tilde.
     """
-    jumps = list(zip([0, *grid[:-1]], grid, strict=True))
+    jumps = list(zip([0, *grid[:-1]], grid))
     assert all(s < t for s, t in jumps), "grid must increase, from 1 or more"
     for s, t in reversed(jumps):
-        ab_s, ab = d.alpha_bar[s].item(), d.alpha_bar[t].item()
+        ab_s, ab = d.alpha_bar[[s, t]].tolist()
         sigma = eta * math.sqrt((1 - ab_s) / (1 - ab)) * math.sqrt(1 - ab / ab_s)
         x0 = d.x0_from_eps(xt, t, model(xt, same_t(t, xt)))
         x0 = x0.clamp(-1, 1) if clip else x0
@@ -183,8 +183,8 @@ def discretized_log_likelihood(x0, mean, var):
     x0 is on the 256 levels -1 + 2k/255; its bin reaches 1/255 either way, the end bins to infinity.
     """
     low, high = (x0 - mean - 1 / 255) / var.sqrt(), (x0 - mean + 1 / 255) / var.sqrt()
-    low = torch.where(x0 < -1 + 1 / 255, -math.inf, low)
-    high = torch.where(x0 > 1 - 1 / 255, math.inf, high)
+    low = torch.where(x0 < -0.999, -math.inf, low)  # the end levels are -1 and 1
+    high = torch.where(x0 > 0.999, math.inf, high)
     # Phi(high) - Phi(low) = Phi(-low) - Phi(-high): take the side where log Phi is not rounded to 0
     flip = low + high > 0
     low, high = torch.where(flip, -high, low), torch.where(flip, -low, high)
@@ -205,7 +205,7 @@ def bound_terms(model, d, x0, variances, clip=True, generator=None):
         xt = d.q_sample(x0, t, noise_like(x0, generator))
         eps = model(xt, same_t(t, x0))
         mu_tilde, mu_theta = d.posterior_mean(x0, xt, t), d.p_mean(xt, t, eps, clip)
-        for row, sigma2 in zip(terms, variances, strict=True):
+        for row, sigma2 in zip(terms, variances):
             if t > 1:
                 nats = normal_kl(mu_tilde, at(d.beta_tilde, t, x0), mu_theta, at(sigma2, t, x0))
             else:  # beta_tilde_1 is 0: the decoder takes beta_tilde_2
@@ -221,7 +221,7 @@ def bound_terms(model, d, x0, variances, clip=True, generator=None):
 
 def timestep_embedding(t, dim):
     """(B,) -> (B, dim): the sines, then the cosines, of t / 10000^(i / (dim/2 - 1)), i < dim/2."""
-    i = torch.arange(dim // 2, dtype=torch.float32, device=t.device)
+    i = torch.arange(dim // 2, device=t.device)
     angle = t[:, None] * torch.exp(-math.log(10000) / (dim // 2 - 1) * i)
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 

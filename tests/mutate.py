@@ -22,8 +22,37 @@ SWAPPED = {
     ast.And: ast.Or, ast.Or: ast.And, ast.BitAnd: ast.BitOr,
 }  # fmt: skip
 
+SPEED = "only whether the host waits for the GPU"
+NO_LEVEL = "no pixel has that value"
+EITHER_SIDE = "near the middle, both sides of the bin are as exact"
+CHOSEN = "a tolerance that was chosen: float32 needs 1e-4, a wrong range is off by 0.5"
+
 # Survivors and why no test can or should see them: "name: before -> after".
-EXPLAINED = {}
+EXPLAINED = {
+    "at: t.max() < len(table) -> t.max() <= len(table)": "the index of the next line refuses T + 1",
+    "at: True -> False": SPEED,
+    "at: table[t].to(torch.promote_types(x.dtype, torch.float32)).to(x.device, non_blocking=True) -> "
+    "table[t].to(torch.promote_types(x.dtype, torch.float32)).to(x.device)": SPEED,
+    "Diffusion.__init__: 0 -> -1": "the only dimension is also the last",
+    "loss_simple: t.to(x0.device, non_blocking=True) -> t.to(x0.device)": SPEED,
+    "loss_simple: True -> False": SPEED,
+    "noise_like: torch.randn(size, generator=g, dtype=x.dtype, device=(g or x).device) -> "
+    "torch.randn(size, generator=g, dtype=x.dtype)": "a detour over the CPU",
+    "noise_like: torch.cat(z).reshape(x.shape).to(x.device, non_blocking=x.is_cuda) -> "
+    "torch.cat(z).reshape(x.shape).to(x.device)": SPEED,
+    "sample_ddim: d.alpha_bar[[s, t]].tolist() -> d.alpha_bar[[s, t]]": "tensors of one number do as well",
+    "discretized_log_likelihood: x0 < -0.999 -> x0 <= -0.999": NO_LEVEL,
+    "discretized_log_likelihood: x0 > 0.999 -> x0 >= 0.999": NO_LEVEL,
+    "discretized_log_likelihood: low + high > 0 -> low + high >= 0": EITHER_SIDE,
+    "discretized_log_likelihood: 0 -> 1": EITHER_SIDE,
+    "discretized_log_likelihood: 0 -> -1": EITHER_SIDE,
+    "bound_terms: x0 + 1 -> x0 - 1": "moves every level by 255 levels, to another level",
+    "bound_terms: (k - k.round()).abs().max() < 0.01 -> (k - k.round()).abs().max() <= 0.01": CHOSEN,
+    "bound_terms: 0.01 -> 0.011000000000000001": CHOSEN,
+    "conv: 2 -> 3": "1 // 3 = 1 // 2 and 3 // 3 = 3 // 2",
+    "Attention.forward: 0 -> -1": "the only head is also the last",
+    "UNet.__init__: 1 -> 2": "a stride of 2 never reaches the second row or column of padding",
+}
 
 
 def replacements(node):

@@ -83,6 +83,13 @@ def test_eq4_half_precision_images_lose_no_noise(dtype):
     close("sqrt(1 - alpha_bar_1)", xt, 0.01, 1e-6)
 
 
+def test_tables_live_on_the_cpu_whatever_the_default_device():
+    """t is drawn there, and float64 is known there."""
+    with torch.device("meta"):
+        d = ddpm.Diffusion([0, 0.1, 0.5])
+    assert {x.device.type for x in (d.beta, d.alpha, d.alpha_bar, d.beta_tilde)} == {"cpu"}
+
+
 def test_a_step_outside_0_T_is_refused():
     """t = -1 and t = T + 1 are mistakes, and must not wrap around to another step."""
     d = ddpm.Diffusion([0, 0.1, 0.5])

@@ -219,6 +219,7 @@ def test_loss_and_samplers_work_on_the_device_of_the_images():
         return xt
 
     results = [ddpm.loss_simple(model, d, x), ddpm.sample_ancestral(model, d, x),
+               ddpm.noise_like(x, generator()), ddpm.noise_like(x, [generator(1), generator(2)]),
                ddpm.sample_ddim(model, d, x, [1, 2, 3, 4], 1.0)]  # fmt: skip
     assert {r.device.type for r in results} == set(seen) == {"meta"}
 

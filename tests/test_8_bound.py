@@ -186,7 +186,7 @@ def test_eq13_decoder_variance_is_beta_tilde_2_for_both_choices_of_sigma(table):
     """L_0 = -log2 of the mass of N(mu_theta, beta_tilde_2) on x0's bin; beta_tilde_1 is 0, and beta_1
     is not what the paper's results were made with. With T = 1 there is only beta_1."""
     k = np.array([0, 77, 255])
-    for beta in (BRUTAL, np.array([0, 0.3])):
+    for beta in (BRUTAL, np.array([0, 0.2, 0.5]), np.array([0, 0.3])):
         d = ddpm.Diffusion(beta)
         var = d.beta_tilde[2].item() if d.T > 1 else beta[1]
         terms, seen, _ = terms_of(beta, k, lambda xt, t: 0.5 * xt, [table])
@@ -239,6 +239,8 @@ def test_bound_refuses_pixels_that_are_not_on_the_256_levels():
     d = ddpm.Diffusion(BRUTAL)
     with pytest.raises(AssertionError):
         ddpm.bound_terms(lambda xt, t: xt, d, torch.arange(256.0)[:, None] / 255, [d.beta])
+    with pytest.raises(AssertionError):  # each a third of a level too dark
+        ddpm.bound_terms(lambda xt, t: xt, d, (torch.arange(1.0, 256)[:, None] - 0.33) / 127.5 - 1, [d.beta])
     levels = torch.arange(256, dtype=torch.uint8)[:, None].float() / 127.5 - 1
     assert ddpm.bound_terms(lambda xt, t: xt, d, levels, [d.beta]).isfinite().all()
 

@@ -156,6 +156,12 @@ def test_sizes_that_the_levels_do_not_divide_are_refused_in_words(H, W):
     assert "multiples of 8" in str(refusal.value)
 
 
+def test_the_network_works_on_the_device_of_the_images():
+    """Shown on torch's meta device, which refuses to mix with another."""
+    net, x = ddpm.UNet(**SMALL, num_classes=2).to("meta"), torch.empty(2, 3, 8, 8, device="meta")
+    assert net(x, torch.ones(2, dtype=torch.int64, device="meta")).shape == x.shape
+
+
 def test_labels_for_a_network_without_labels_are_refused():
     """They would be ignored, silently."""
     with pytest.raises(AssertionError):

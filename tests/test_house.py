@@ -4,6 +4,7 @@ import ast
 import re
 
 import pytest
+
 from conftest import ROOT
 
 SOURCE = (ROOT / "ddpm.py").read_text()
