@@ -9,8 +9,8 @@ schedules      linear_beta, cosine_beta, exponential_beta                   sec.
 forward        forward_moments, transition                                  eq. 2, 4
 posterior      posterior                                                    eq. 6, 7
 DDIM           ddim_step                                                    DDIM eq. 7, 12, 16
-exact models   eps_gaussian, eps_mixture, loss_minimum_gaussian             eq. 14
-samplers       ancestral_moments, ddim_moments                              Algorithm 2
+exact models   eps_*, loss_minimum_*: of a gaussian and of a mixture        eq. 14
+samplers       ancestral_*, ddim_*: their steps and moments; mixture_law    Algorithm 2
 bound          gaussian_kl, decoder_log_prob, bound_terms_discrete          eq. 5, 13
 network        timestep_embedding ... unet, unet_parameter_count            appendix B
 training       ema                                                          appendix B
@@ -21,7 +21,7 @@ from fractions import Fraction
 
 import numpy as np
 from scipy import stats
-from scipy.special import entr, expit, logsumexp, softmax
+from scipy.special import entr, expit, logsumexp, ndtr, softmax
 
 # ---------------------------------------------------------------------------- schedules
 
@@ -183,6 +183,29 @@ def loss_minimum_gaussian(beta, t, s2):
     return a**2 * s2 / (a**2 * s2 + v)
 
 
+def loss_minimum_mixture(beta, t, weights, means, variances):
+    """The same for scalar x_0 from component i, N(means[i], variances[i]), with prob. weights[i].
+
+    E[Var(eps | x_t)] = E[eps^2] - E[E[eps | x_t]^2] = 1 - E[eps_mixture(x_t)^2], where x_t is
+    a m_i + sqrt(a^2 s_i + v) z in component i (rows), for each node z of the rule (columns).
+    """
+    a, v = transition(beta, 0, t)
+    z, p = normal_rule()
+    xt = a * np.asarray(means)[:, None] + np.sqrt(a**2 * np.asarray(variances) + v)[:, None] * z
+    return 1 - weights @ (eps_mixture(beta, t, xt, weights, means, variances) ** 2 @ p)
+
+
+def normal_rule(limit=12, per_unit=512):
+    """(z, p), both (n,): E[f(z)] = p @ f(z) for z ~ N(0, 1), the trapezoidal rule.
+
+    For an f analytic in the strip |Im z| < d its error is of order exp(-2 pi d per_unit), so it
+    follows responsibilities that switch within 1/100 of a standard deviation, where a
+    Gauss-Hermite rule of any reasonable size is blind. Beyond the limit, e^-72 is cut off.
+    """
+    z = np.arange(-limit * per_unit, limit * per_unit + 1) / per_unit
+    return z, stats.norm.pdf(z) / per_unit
+
+
 # ---------------------------------------------------------------------------- samplers
 
 
@@ -202,15 +225,28 @@ def reverse_step(beta, t, step, m, s2, mean, var):
     return offset + slope * mean, slope**2 * var + sigma2
 
 
+def ancestral_steps(beta, sigma2):
+    """[(t, (k_0, k_t, sigma2))] for t = T .. 1: the steps of Algorithm 2.
+
+    p(x_{t-1} | x_t) is q(x_{t-1} | x_t, x_0) with the model's x_0 in place of x_0 and the variance
+    sigma2[t], sigma2 (T+1,); no noise at t = 1, no clipping.
+    """
+    times = range(len(beta) - 1, 0, -1)
+    return [(t, (*posterior(beta, t)[:2], sigma2[t] if t > 1 else 0.0)) for t in times]
+
+
+def ddim_steps(beta, grid, eta):
+    """The same for DDIM on an increasing grid; for [2, 5, 10] they go 10 -> 5 -> 2 -> 0."""
+    jumps = zip(grid[::-1], [*grid[-2::-1], 0], strict=True)
+    return [(t, ddim_step(beta, t, s, eta)) for t, s in jumps]
+
+
 def ancestral_moments(beta, sigma2, m, s2, mean=0.0, var=1.0):
     """(mean, var) of Algorithm 2's output for the exact model of N(m, s2); x_T ~ N(mean, var).
 
-    p(x_{t-1} | x_t) is q(x_{t-1} | x_t, x_0) with the model's x_0 in place of x_0 and the variance
-    sigma2[t], sigma2 (T+1,); no noise at t = 1, no clipping. Gaussians stay Gaussian.
+    Gaussians stay Gaussian.
     """
-    for t in range(len(beta) - 1, 0, -1):
-        c_0, c_t, _ = posterior(beta, t)
-        step = c_0, c_t, sigma2[t] if t > 1 else 0.0
+    for t, step in ancestral_steps(beta, sigma2):
         mean, var = reverse_step(beta, t, step, m, s2, mean, var)
     return mean, var
 
@@ -218,12 +254,33 @@ def ancestral_moments(beta, sigma2, m, s2, mean=0.0, var=1.0):
 def ddim_moments(beta, grid, eta, m, s2, mean=0.0, var=1.0):
     """(mean, var) of DDIM's output for the exact model of N(m, s2), from x ~ N(mean, var).
 
-    grid is increasing, e.g. [2, 5, 10]: the steps go 10 -> 5 -> 2 -> 0, and x ~ N(mean, var) is
-    taken to be at the last step of the grid.
+    x ~ N(mean, var) is taken to be at the last step of the grid.
     """
-    for t, s in zip(grid[::-1], [*grid[-2::-1], 0], strict=True):
-        mean, var = reverse_step(beta, t, ddim_step(beta, t, s, eta), m, s2, mean, var)
+    for t, step in ddim_steps(beta, grid, eta):
+        mean, var = reverse_step(beta, t, step, m, s2, mean, var)
     return mean, var
+
+
+def mixture_law(beta, steps, weights, means, variances):
+    """(x, F), both (n,): F[i] = P(output <= x[i]) of a sampler, for the exact model of a mixture.
+
+    The mixture is that of eps_mixture; the sampler is given by its steps, and begins with N(0, 1).
+    Its law is held as n atoms x of probability p. A step moves an atom to k_0 x0 + k_t x, where x0
+    is the model's; noise N(0, sigma2) then gives each cell of a fixed grid what it gets from all
+    the atoms, sum_i p_i (Phi((right - x_i) / sigma) - Phi((left - x_i) / sigma)), put in its middle.
+    """
+    x, p = normal_rule(8, 64)
+    edges = np.append(x, x[-1] + x[1] - x[0]) - (x[1] - x[0]) / 2
+    middles = x
+    for t, (k_0, k_t, sigma2) in steps:
+        a, v = transition(beta, 0, t)
+        x0 = (x - np.sqrt(v) * eps_mixture(beta, t, x, weights, means, variances)) / a
+        x = k_0 * x0 + k_t * x
+        if sigma2 > 0:
+            p = np.diff(p @ ndtr((edges - x[:, None]) / np.sqrt(sigma2)))
+            x = middles
+    order = np.argsort(x)
+    return x[order], p[order].cumsum() - p[order] / 2
 
 
 # ---------------------------------------------------------------------------- bound
@@ -256,17 +313,6 @@ def decoder_log_prob(k, mean, var):
     low, high = np.where(low + high > 0, (-high, -low), (low, high))
     d = stats.norm.logcdf(low) - stats.norm.logcdf(high)
     return stats.norm.logcdf(high) + np.log1p(-np.exp(d))
-
-
-def normal_rule(limit=12, per_unit=512):
-    """(z, p), both (n,): E[f(z)] = p @ f(z) for z ~ N(0, 1), the trapezoidal rule.
-
-    For an f analytic in the strip |Im z| < d its error is of order exp(-2 pi d per_unit), so it
-    follows responsibilities that switch within 1/100 of a standard deviation, where a
-    Gauss-Hermite rule of any reasonable size is blind. Beyond the limit, e^-72 is cut off.
-    """
-    z = np.arange(-limit * per_unit, limit * per_unit + 1) / per_unit
-    return z, stats.norm.pdf(z) / per_unit
 
 
 def expected_term(beta, t, variance, levels, weights):

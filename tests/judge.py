@@ -9,7 +9,7 @@ SEED = 0  # of every draw that Hypothesis does not make; conftest.py sets it
 EPS = np.finfo(np.float64).eps
 EPS32 = np.finfo(np.float32).eps
 
-ALPHA = 5e-7  # false-alarm rate of each statistical assertion, two-sided: 7.5e-5 for all 149
+ALPHA = 5e-7  # false-alarm rate of each statistical assertion, two-sided: 8.2e-5 for all 163
 Z = stats.norm.isf(ALPHA / 2)  # 5.03 standard errors
 
 
@@ -48,19 +48,28 @@ def close(what, got, want, tol, scale=None):
     if bad.any():
         i = np.unravel_index(np.argmax(ratio), got.shape)
         place = f" at {tuple(int(k) for k in i)}" if got.ndim else ""
+        multiple = f"= {ratio[i]:.2g} x the tolerance {allowed[i]:.2g}"
         raise AssertionError(
             f"{what}{place}: got {got[i]:.17g}, want {want[i]:.17g}; "
-            f"error {error[i]:.2g} = {ratio[i]:.2g} x the tolerance {allowed[i]:.2g}"
+            f"error {error[i]:.2g} {multiple if allowed[i] else 'where none is allowed'}"
         )
 
 
-def within(what, got, want, standard_error):
-    """Assert that the estimate `got` is within Z standard errors of `want` (false alarms: ALPHA)."""
+def same(what, got, want):
+    """Assert that two tensors are equal bit for bit, in shape and type too."""
+    __tracebackhide__ = True
+    kinds = [f"{tuple(x.shape)} {x.dtype}" for x in (got, want)]
+    assert kinds[0] == kinds[1], f"{what}: got a tensor {kinds[0]}, want {kinds[1]}"
+    close(what, got, want, 0.0)
+
+
+def within(what, got, want, standard_error, allowed=Z):
+    """Assert that `got` is at most `allowed` standard errors from `want` (false alarms, by Z: ALPHA)."""
     __tracebackhide__ = True
     z = abs(got - want) / standard_error
-    assert z <= Z, (
+    assert z <= allowed, (
         f"{what}: estimated {got:.6g}, predicted {want:.6g}: {z:.1f} standard errors apart, "
-        f"allowed {Z:.2f} (false-alarm rate {ALPHA:g})"
+        f"allowed {allowed:.2f} (false-alarm rate {ALPHA:g})"
     )
 
 
@@ -69,12 +78,8 @@ def has_mean(what, samples, mean):
     __tracebackhide__ = True
     samples = array(samples).ravel()
     n = samples.size
-    z = abs(samples.mean() - mean) / (samples.std(ddof=1) / np.sqrt(n))
     allowed = stats.t.isf(ALPHA / 2, n - 1)
-    assert z <= allowed, (
-        f"mean of {what}: estimated {samples.mean():.6g}, predicted {mean:.6g}: {z:.1f} standard errors "
-        f"apart, allowed {allowed:.2f} (false-alarm rate {ALPHA:g})"
-    )
+    within(f"mean of {what}", samples.mean(), mean, samples.std(ddof=1) / np.sqrt(n), allowed)
 
 
 def has_normal_moments(what, samples, mean, var):
@@ -88,6 +93,19 @@ def has_normal_moments(what, samples, mean, var):
     assert low <= off <= high, (
         f"variance of {what}: estimated {s2:.6g}, predicted {var:.6g} ({off:+.1%}); "
         f"allowed {low:+.1%} .. {high:+.1%} (false-alarm rate {ALPHA:g})"
+    )
+
+
+def has_law(what, samples, x, cdf):
+    """Assert, by Kolmogorov-Smirnov, that independent samples have P(. <= x[i]) = cdf[i] (false
+    alarms: ALPHA)."""
+    __tracebackhide__ = True
+    samples = array(samples).ravel()
+    gap = stats.kstest(samples, lambda y: np.interp(y, x, cdf, left=0, right=1))
+    allowed = stats.kstwo.isf(ALPHA, samples.size)
+    assert gap.statistic <= allowed, (
+        f"law of {what}: the share below {gap.statistic_location:.4g} is off by {gap.statistic:.1%}; "
+        f"allowed {allowed:.1%} (false-alarm rate {ALPHA:g})"
     )
 
 

@@ -1,12 +1,14 @@
 """The catalogue of mistakes: each is an edit of ddpm.py, and each must be killed by the test it names.
 
     python tests/mutants.py              all of them, in parallel; exit status 1 if one survives
-    python tests/mutants.py padding      those with this word in their name
+    python tests/mutants.py padding      those with this text in their name
+    python tests/mutants.py "in print"   the slips in print, named by the formula as printed
 
-"seen" says where the mistake was found: a public project, a slip in print, or "plausible". A mutant
-counts as killed only if its own test fails with a failed assertion, or with the very crash that the
-catalogue foresees: a file that does not even run is no kill. (Projects: CompVis latent-diffusion, ControlNet, diffusers, dome272, guided-diffusion,
-Ho's, improved-diffusion, labml, lucidrains, minDiffusion, pytorch-ddpm of w86763777, tqch.)
+"seen" says where the mistake was found: a public project, "in print", or "plausible". A mutant counts
+as killed only if its own test fails with a failed assertion, or with the very crash that the catalogue
+foresees: a file that does not even run is no kill. (Projects: CompVis latent-diffusion, ControlNet,
+diffusers, dome272, guided-diffusion, Ho's, improved-diffusion, labml, lucidrains, minDiffusion,
+pytorch-ddpm of w86763777, tqch.)
 """
 
 import contextlib
@@ -36,11 +38,11 @@ class Mutant:
 
 CATALOGUE = [Mutant(*fields) for fields in (
     # 1. schedules
-    ("linear: steps of (beta_T - beta_1) / T, t from 1", "in print; minDiffusion",
+    ("beta_t = beta_1 + t (beta_T - beta_1) / T, read with t from 1", "in print; minDiffusion",
      "torch.linspace(beta_1, beta_T, T, dtype=torch.float64)",
      "torch.linspace(beta_1, beta_T, T + 1, dtype=torch.float64)[1:]",
      "test_sec4_linear_schedule_goes_from_beta_1_to_beta_T_in_equal_steps"),
-    ("linear: steps of (beta_T - beta_1) / T, t from 0", "in print",
+    ("beta_t = beta_1 + t (beta_T - beta_1) / T, read with t from 0", "in print",
      "torch.linspace(beta_1, beta_T, T, dtype=torch.float64)",
      "torch.linspace(beta_1, beta_T, T + 1, dtype=torch.float64)[:-1]",
      "test_sec4_linear_schedule_goes_from_beta_1_to_beta_T_in_equal_steps"),
@@ -92,7 +94,7 @@ CATALOGUE = [Mutant(*fields) for fields in (
     ("alpha_bar_0 is alpha_1", "CompVis #136, minDiffusion",
      "self.alpha_bar = self.alpha.cumprod(0)", "self.alpha_bar = self.alpha.roll(-1).cumprod(0)",
      "test_tables_run_from_0_to_T_and_begin_with_the_clean_image"),
-    ("alpha_bar is the product of alpha_t instead of alpha_s", "in print",
+    ("alpha_bar_t = prod_s alpha_t, for prod_s alpha_s", "in print",
      "self.alpha_bar = self.alpha.cumprod(0)",
      "self.alpha_bar = self.alpha ** torch.arange(len(beta))",
      "test_eq4_alpha_bar_is_what_the_chain_of_eq2_leaves_of_the_image"),
@@ -183,7 +185,7 @@ CATALOGUE = [Mutant(*fields) for fields in (
      "ab, ab_s = self.alpha_bar, torch.cat([self.alpha_bar[1:2], self.alpha_bar[1:2], self.alpha_bar[1:-1]])\n",
      "test_eq7_at_t1_the_posterior_is_the_clean_image"),
     # 4. parametrisation
-    ("x0 solved with (1 - alpha) / sqrt(1 - alpha_bar)", "in print",
+    ("x0 = (xt - (1 - alpha_t) / sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_bar_t)", "in print",
      "return (xt - at((1 - ab).sqrt(), t, xt) * eps) / at(ab.sqrt(), t, xt)",
      "return (xt - at(self.beta / (1 - ab).sqrt(), t, xt) * eps) / at(ab.sqrt(), t, xt)",
      "test_eq15_x0_from_eps_solves_eq4_of_the_chain"),
@@ -226,7 +228,7 @@ CATALOGUE = [Mutant(*fields) for fields in (
     ("t = T is never drawn", "minDiffusion",
      "torch.randint(1, d.T + 1, (len(x0),))", "torch.randint(1, d.T, (len(x0),))",
      "test_algorithm1_draws_t_uniformly_from_1_to_T"),
-    ("t is drawn from {0 .. T}", "in print",
+    ("t ~ Uniform({0, .., T}), for {1, .., T}", "in print",
      "torch.randint(1, d.T + 1, (len(x0),))", "torch.randint(0, d.T + 1, (len(x0),))",
      "test_algorithm1_draws_t_uniformly_from_1_to_T"),
     ("t is drawn from {0 .. T-1}", "0-based code on these tables",
@@ -243,7 +245,7 @@ CATALOGUE = [Mutant(*fields) for fields in (
      "(lambda a: torch.stack([a, d.T + 1 - a], 1).reshape(-1)[: len(x0)])"
      "(torch.randint(1, d.T + 1, (len(x0) // 2 + 1,))) if t is None",
      "test_algorithm1_draws_t_for_each_image_alone"),
-    ("the target is the image", "in print",
+    ("L_simple = || x0 - eps_theta ||^2, for || eps - eps_theta ||^2", "in print",
      "return F.mse_loss(eps_theta, eps)", "return F.mse_loss(eps_theta, x0)",
      "test_algorithm1_the_target_is_the_noise_and_not_the_image"),
     ("L1 instead of the square", "lucidrains (an option)",
@@ -271,7 +273,7 @@ CATALOGUE = [Mutant(*fields) for fields in (
      "    assert eps_theta.shape == eps.shape\n", "",
      "test_a_prediction_of_another_shape_is_refused"),
     # 6. ancestral sampling
-    ("the step adds sigma^2 z", "in print",
+    ("x_{t-1} = mu + beta_tilde_t z, for sqrt(beta_tilde_t) z", "in print",
      "at(sigma2.sqrt(), t, xt) * noise_like", "at(sigma2, t, xt) * noise_like",
      "test_algorithm2_takes_each_step_from_p_with_mean_of_eq11_and_variance_sigma2"),
     ("sigma is read at t - 1", "plausible",
@@ -687,7 +689,7 @@ def in_parallel(function, items):
 
 def main(words):
     began, alive = time.monotonic(), 0
-    chosen = [m for m in CATALOGUE if all(word in m.name for word in words)]
+    chosen = [m for m in CATALOGUE if all(word in f"{m.name} [{m.seen}]" for word in words)]
     for mutant, killed, message in in_parallel(try_mutant, chosen):
         alive += not killed
         print(f"{'killed  ' if killed else 'ALIVE   '}{mutant.name}  [{mutant.seen}]\n"

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from judge import EPS, close, has_mean, has_normal_moments
+from judge import EPS, close, has_law, has_mean, has_normal_moments, rejects
 from scipy import integrate, signal, stats
 from strategies import Case, cases, every_case, normal, unit
 
@@ -281,18 +281,56 @@ def test_eq14_reference_loss_minimum_is_that_of_the_exact_model_and_no_other(cas
     close("scaled", factor, least + d**2 * (share * model**2).sum(), tol, 1)
 
 
+@every_case
+def test_eq14_reference_loss_minimum_of_a_mixture_of_one_is_that_of_the_gaussian(case):
+    """1 - E[eps_hat^2], and the data's share of the variance of x_t."""
+    least = ref.loss_minimum_gaussian(case.beta, case.t, 0.25)
+    # eps_hat, up to 1, has lost eps (|x| + a |m|) / sqrt(v), |x| < 20
+    _, v = ref.transition(case.beta, 0, case.t)
+    got = ref.loss_minimum_mixture(case.beta, case.t, np.ones(1), [0.3], [0.25])
+    close("least loss", got, least, 64 * EPS / np.sqrt(v), 1)
+
+
+@pytest.mark.parametrize("t", [1, 2, 3, 4])
+def test_eq14_reference_loss_minimum_of_a_mixture_is_the_mean_of_var_eps_given_xt(t):
+    """Var(eps | x_t), by the law of total variance over the components, integrated over p(x_t)."""
+    weight, m, s2 = MIXTURE
+    a, v = ref.transition(SHORT, 0, t)
+    total = a**2 * s2 + v
+
+    def integrand(x):
+        joint = weight * stats.norm.pdf(x, a * m, np.sqrt(total))
+        mean = np.sqrt(v) * (x - a * m) / total  # of eps, and its variance, in each component
+        second = 1 - v / total + mean**2
+        return joint @ second - (joint @ mean) ** 2 / joint.sum()
+
+    want = integrate.quad(integrand, -12, 12, points=[-1, -0.5, 0, 0.5, 1], epsabs=1e-11, limit=200)[0]
+    close("least loss", ref.loss_minimum_mixture(SHORT, t, *MIXTURE), want, 1e-10, 1)
+
+
 # ---------------------------------------------------------------------------- samplers
 
 M, S2 = 0.5, 0.25  # the data of the simulations: N(M, S2)
+GAUSSIAN = np.array([[1.0], [M], [S2]])  # weights, means, variances
+MIXTURE = np.array([[0.3, 0.7], [-0.6, 0.5], [0.02, 0.1]])
 
 
-def simulate_algorithm2(beta, sigma2, noise_at_1=0.0, seed=1):
-    """N outputs of Algorithm 2 as printed, x_T ~ N(0, 1), with the exact eps of N(M, S2)."""
+def exact_eps(x, ab, data):
+    """E[eps | x_t]: each component's regression of eps on x_t, by its responsibility."""
+    weight, m, s2 = data
+    total = ab * s2 + 1 - ab
+    joint = weight * stats.norm.pdf(x[:, None], np.sqrt(ab) * m, np.sqrt(total))
+    eps = np.sqrt(1 - ab) * (x[:, None] - np.sqrt(ab) * m) / total
+    return (joint * eps).sum(axis=1) / joint.sum(axis=1)
+
+
+def simulate_algorithm2(beta, sigma2, noise_at_1=0.0, data=GAUSSIAN, seed=1):
+    """N outputs of Algorithm 2 as printed, x_T ~ N(0, 1), with the exact eps of the data."""
     rng = np.random.default_rng(seed)
     alpha, ab, _ = tables(beta)
     x = rng.standard_normal(N)
     for t in range(len(beta) - 1, 0, -1):
-        eps = np.sqrt(1 - ab[t]) * (x - np.sqrt(ab[t]) * M) / (ab[t] * S2 + 1 - ab[t])
+        eps = exact_eps(x, ab[t], data)
         x = (x - beta[t] / np.sqrt(1 - ab[t]) * eps) / np.sqrt(alpha[t])
         x += np.sqrt(sigma2[t] if t > 1 else noise_at_1) * rng.standard_normal(N)
     return x
@@ -343,13 +381,13 @@ def test_sec32_reference_fixed_small_returns_a_point_mass(beta):
     close("variance", var, 0, tol**2, 1)
 
 
-def simulate_ddim(beta, path, eta, seed=2):
-    """N outputs of DDIM (eq. 12, 16) along the falling path, with the exact eps of N(M, S2)."""
+def simulate_ddim(beta, path, eta, data=GAUSSIAN, seed=2):
+    """N outputs of DDIM (eq. 12, 16) along the falling path, with the exact eps of the data."""
     rng = np.random.default_rng(seed)
     ab = tables(beta)[1]
     x = rng.standard_normal(N)
     for t, s in itertools.pairwise(path):
-        eps = np.sqrt(1 - ab[t]) * (x - np.sqrt(ab[t]) * M) / (ab[t] * S2 + 1 - ab[t])
+        eps = exact_eps(x, ab[t], data)
         sigma = eta * np.sqrt((1 - ab[s]) / (1 - ab[t])) * np.sqrt(1 - ab[t] / ab[s])
         x0 = (x - np.sqrt(1 - ab[t]) * eps) / np.sqrt(ab[t])
         x = np.sqrt(ab[s]) * x0 + np.sqrt(1 - ab[s] - sigma**2) * eps
@@ -382,6 +420,40 @@ def test_ddim_reference_with_eta_1_and_every_step_is_algorithm_2(case):
     # solving eq. 4 for x_0 costs eps / a_t a step, on either side
     tol = 32 * case.t * EPS / ref.forward_moments(beta)[0][-1]
     close("(mean, var)", got, ref.ancestral_moments(beta, beta_tilde, M, S2), tol, 1)
+
+
+def steps_of(sampler):
+    """The steps of a sampler on TEN, for the reference: Algorithm 2 by variance, or DDIM by eta."""
+    if sampler in ("beta", "beta_tilde"):
+        return ref.ancestral_steps(TEN, TEN if sampler == "beta" else tables(TEN)[2])
+    return ref.ddim_steps(TEN, [2, 5, 10], sampler)
+
+
+samplers = pytest.mark.parametrize("sampler", ["beta", "beta_tilde", 0.0, 0.5, 1.0])
+
+
+@samplers
+def test_reference_law_of_a_mixture_of_one_is_the_gaussian_of_the_moments(sampler):
+    """The cells are 1/64 wide: their middles add a variance of (1/64)^2 / 12 a step, or 2e-4."""
+    x, F = ref.mixture_law(TEN, steps_of(sampler), *GAUSSIAN)
+    if sampler in ("beta", "beta_tilde"):
+        mean, var = ref.ancestral_moments(TEN, TEN if sampler == "beta" else tables(TEN)[2], M, S2)
+    else:
+        mean, var = ref.ddim_moments(TEN, [2, 5, 10], sampler, M, S2)
+    close("F", F, stats.norm.cdf(x, mean, np.sqrt(var)), 1e-3, 1)
+
+
+@samplers
+def test_reference_law_of_a_mixture_agrees_with_a_simulation(sampler):
+    """Two unequal components, which the sampler must part in the right shares."""
+    if sampler in ("beta", "beta_tilde"):
+        sigma2 = TEN if sampler == "beta" else tables(TEN)[2]
+        samples = simulate_algorithm2(TEN, sigma2, data=MIXTURE)
+    else:
+        samples = simulate_ddim(TEN, [10, 5, 2, 0], sampler, data=MIXTURE)
+    has_law("x_0", samples, *ref.mixture_law(TEN, steps_of(sampler), *MIXTURE))
+    wrong = ref.mixture_law(TEN, steps_of(sampler), *GAUSSIAN)  # negative control: other data
+    assert rejects(has_law, "x_0", samples, *wrong)
 
 
 # ---------------------------------------------------------------------------- bound

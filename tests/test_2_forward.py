@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from judge import EPS, EPS32, close, f64, tolerance
+from judge import EPS, EPS32, close, f64, same, tolerance
 from strategies import PaperCase, every_case
 
 import ddpm
@@ -52,7 +52,7 @@ def test_eq4_q_sample_is_linear_in_the_image_and_the_noise(case):
 def test_eq4_q_sample_at_t0_is_the_clean_image(case):
     """alpha_bar_0 = 1: no noise at all."""
     d = ddpm.Diffusion(case.beta)
-    assert torch.equal(d.q_sample(f64(0.3, -0.6), 0, f64(5, 5)), f64(0.3, -0.6))
+    same("x_0", d.q_sample(f64(0.3, -0.6), 0, f64(5, 5)), f64(0.3, -0.6))
 
 
 def test_eq4_q_sample_gives_each_image_its_own_t():
@@ -61,7 +61,7 @@ def test_eq4_q_sample_gives_each_image_its_own_t():
     x0, eps = torch.randn(2, 3, 3, 3, 3, dtype=torch.float64)
     t = torch.tensor([1, 3, 2])
     one_by_one = torch.cat([d.q_sample(x0[i : i + 1], int(t[i]), eps[i : i + 1]) for i in range(3)])
-    assert torch.equal(d.q_sample(x0, t, eps), one_by_one)
+    same("xt", d.q_sample(x0, t, eps), one_by_one)
 
 
 @pytest.mark.parametrize("t", [1, 2, 10, 500, 1000])

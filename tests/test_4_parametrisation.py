@@ -2,7 +2,7 @@
 
 import torch
 from hypothesis import given
-from judge import EPS, EPS32, close, f64, tolerance
+from judge import EPS, EPS32, close, f64, same, tolerance
 from strategies import PaperCase, cases, every_case, normal, unit
 
 import ddpm
@@ -73,7 +73,7 @@ def test_clipping_changes_nothing_while_x0_is_an_image(case, x0, eps):
     d = ddpm.Diffusion(case.beta)
     xt, eps = d.q_sample(f64(0.999 * x0), case.t, f64(eps)), f64(eps)
     if d.x0_from_eps(xt, case.t, eps).abs() <= 1:
-        assert torch.equal(d.p_mean(xt, case.t, eps), d.p_mean(xt, case.t, eps, clip=False))
+        same("mu_theta", d.p_mean(xt, case.t, eps), d.p_mean(xt, case.t, eps, clip=False))
 
 
 @every_case
@@ -83,8 +83,8 @@ def test_clipping_is_done_before_the_mean_is_formed(case):
     xt, eps = d.q_sample(f64(-3, 3, 1.5), case.t, f64(0.5, 0.5, -2)), f64(0.5, 0.5, -2)
     clipped = d.posterior_mean(f64(-1, 1, 1), xt, case.t)
     if (d.x0_from_eps(xt, case.t, eps).abs() > 1).all():
-        assert torch.equal(d.p_mean(xt, case.t, eps), clipped)
-        assert torch.equal(d.p_mean(xt, case.t, eps, clip=True), clipped)
+        same("mu_theta", d.p_mean(xt, case.t, eps), clipped)
+        same("mu_theta with clip=True", d.p_mean(xt, case.t, eps, clip=True), clipped)
 
 
 def test_clipping_is_seen_at_every_step_of_the_papers_schedule():
@@ -111,4 +111,4 @@ def test_eq15_and_its_inverse_give_each_image_its_own_t():
     a, b = torch.randn(2, 3, 2, 2, 2, dtype=torch.float64)
     for f in (d.x0_from_eps, d.eps_from_x0, d.p_mean):
         one_by_one = torch.cat([f(a[i : i + 1], int(t[i]), b[i : i + 1]) for i in range(3)])
-        assert torch.equal(f(a, t, b), one_by_one)
+        same(f.__name__, f(a, t, b), one_by_one)

@@ -7,7 +7,7 @@ import judge
 import numpy as np
 import pytest
 import torch
-from judge import EPS, close, f64, has_normal_moments, rejects, tolerance
+from judge import EPS, close, f64, has_law, has_normal_moments, rejects, same, tolerance
 from strategies import every_short_case
 
 import ddpm
@@ -15,11 +15,17 @@ import reference_numpy as ref
 
 BRUTAL = np.array([0, 0.1, 0.3, 0.8, 0.2])  # short and steep, so that each step is seen
 N, MEAN, VAR = 20_000, 0.5, 0.25  # samples of scalar data x0 ~ N(MEAN, VAR)
+MIXTURE = np.array([0.3, 0.7]), np.array([-0.6, 0.5]), np.array([0.02, 0.1])  # weights, means, variances
 
 
 def gaussian_model(beta, m=MEAN, s2=VAR):
     """E[eps | xt] for x0 ~ N(m, s2)."""
     return lambda xt, t: torch.from_numpy(ref.eps_gaussian(beta, int(t[0]), xt.numpy(), m, s2))
+
+
+def mixture_model(beta):
+    """E[eps | xt] for x0 from the two components of MIXTURE."""
+    return lambda xt, t: torch.from_numpy(ref.eps_mixture(beta, int(t[0]), xt.numpy(), *MIXTURE))
 
 
 def image_model(beta, x0):
@@ -78,7 +84,7 @@ def test_algorithm2_feeds_each_step_with_the_last_ones_result():
     seen, told, xT = [], [], normal(2, 3)
     ddpm.sample_ancestral(lambda xt, t: seen.append(xt) or 0.1 * xt, ddpm.Diffusion(BRUTAL), xT,
                           on_step=lambda s, xs: told.append(xs))  # fmt: skip
-    assert all(torch.equal(a, b) for a, b in zip(seen, [xT, *told[:-1]], strict=True))
+    same("what the model saw", torch.stack(seen), torch.stack([xT, *told[:-1]]))
 
 
 @pytest.mark.parametrize("name", ["beta", "beta_tilde"])
@@ -104,9 +110,19 @@ def test_algorithm2_ends_in_the_distribution_that_the_recursion_of_moments_predi
     has_normal_moments("x0", got, mean, var)
 
 
-def wrong_sampler(fault, sigma2, d):
+@pytest.mark.parametrize("name", ["beta", "beta_tilde"])
+def test_algorithm2_ends_in_the_law_that_is_predicted_for_a_mixture(name):
+    """Exact model of two unequal Gaussians: the output has their shares, places and widths."""
+    d = ddpm.Diffusion(BRUTAL)
+    law = ref.mixture_law(BRUTAL, ref.ancestral_steps(BRUTAL, variances(d)[name].numpy()), *MIXTURE)
+    got = ddpm.sample_ancestral(mixture_model(BRUTAL), d, normal(N, 1), variances(d)[name], clip=False,
+                                generator=generator())  # fmt: skip
+    has_law("x0", got, *law)
+
+
+def wrong_sampler(fault, sigma2, d, model):
     """Algorithm 2 with one fault, for the negative controls."""
-    xt, model = normal(N, 1), gaussian_model(BRUTAL)
+    xt = normal(N, 1)
     for t in range(d.T, 0, -1):
         if fault == "the last step is skipped" and t == 1:
             break
@@ -125,11 +141,15 @@ def wrong_sampler(fault, sigma2, d):
     "the last step is skipped", "the model is told t + 1",
 ])  # fmt: skip
 def test_algorithm2_statistics_reject_a_sampler_in_which(fault):
-    """Negative control: the test above would see each of these faults."""
+    """Negative control: the tests above would see each of these faults."""
     d = ddpm.Diffusion(BRUTAL)
     moments = ref.ancestral_moments(BRUTAL, BRUTAL, MEAN, VAR)
-    assert not rejects(has_normal_moments, "x0", wrong_sampler(None, d.beta, d), *moments)
-    assert rejects(has_normal_moments, fault, wrong_sampler(fault, d.beta, d), *moments)
+    model = gaussian_model(BRUTAL)
+    assert not rejects(has_normal_moments, "x0", wrong_sampler(None, d.beta, d, model), *moments)
+    assert rejects(has_normal_moments, fault, wrong_sampler(fault, d.beta, d, model), *moments)
+    law, model = ref.mixture_law(BRUTAL, ref.ancestral_steps(BRUTAL, BRUTAL), *MIXTURE), mixture_model(BRUTAL)
+    assert not rejects(has_law, "x0", wrong_sampler(None, d.beta, d, model), *law)
+    assert rejects(has_law, fault, wrong_sampler(fault, d.beta, d, model), *law)
 
 
 def test_sec32_sigma2_beta_is_exact_for_standard_normal_data():
@@ -149,7 +169,8 @@ def test_algorithm2_uses_sigma2_beta_by_default():
     default, beta, tilde = (
         ddpm.sample_ancestral(gaussian_model(BRUTAL), d, normal(8, 1), sigma2, generator=generator())
         for sigma2 in (None, d.beta, d.beta_tilde))  # fmt: skip
-    assert torch.equal(default, beta) and not torch.equal(default, tilde)
+    same("x0 by default", default, beta)
+    assert not torch.equal(default, tilde), "beta_tilde gives the same samples"
 
 
 def test_algorithm2_adds_no_noise_at_t1():
@@ -157,7 +178,7 @@ def test_algorithm2_adds_no_noise_at_t1():
     d = ddpm.Diffusion([0, 0.5])
     a, b = (ddpm.sample_ancestral(lambda xt, t: 0.1 * xt, d, normal(4, 1), generator=generator(seed))
             for seed in (1, 2))  # fmt: skip
-    assert torch.equal(a, b)
+    same("x0 by another generator", a, b)
 
 
 def test_sampling_clips_x0_by_default():
@@ -179,7 +200,7 @@ def test_a_seed_gives_the_same_image_at_any_batch_size():
         return ddpm.sample_ancestral(lambda xt, t: 0.2 * xt, d, xT, generator=generators)
 
     together = draw(range(5))
-    assert torch.equal(together, torch.cat([draw([seed]) for seed in range(5)]))
+    same("x0", together, torch.cat([draw([seed]) for seed in range(5)]))
     assert len({tuple(image.flatten().tolist()) for image in together}) == 5
 
 
@@ -199,7 +220,7 @@ def test_noise_like_with_a_generator_ignores_the_global_seed():
     torch.manual_seed(1)
     a = ddpm.noise_like(torch.empty(3, 2), generator(7))
     torch.manual_seed(2)
-    assert torch.equal(a, ddpm.noise_like(torch.empty(3, 2), generator(7)))
+    same("z", a, ddpm.noise_like(torch.empty(3, 2), generator(7)))
 
 
 @pytest.mark.parametrize("images, generators", [(1, 2), (4, 2), (3, 0)])

@@ -5,9 +5,20 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from judge import EPS, close, f64, has_normal_moments, rejects, tolerance
+from judge import EPS, close, f64, has_law, has_normal_moments, rejects, same, tolerance
 from strategies import cases, every_short_case, unit
-from test_6_ancestral import BRUTAL, MEAN, VAR, N, gaussian_model, generator, image_model, normal
+from test_6_ancestral import (
+    BRUTAL,
+    MEAN,
+    MIXTURE,
+    VAR,
+    N,
+    gaussian_model,
+    generator,
+    image_model,
+    mixture_model,
+    normal,
+)
 
 import ddpm
 import reference_numpy as ref
@@ -114,20 +125,31 @@ def test_ddim_ends_in_the_distribution_that_the_recursion_of_moments_predicts(gr
     has_normal_moments("x0", got, *ref.ddim_moments(BRUTAL, grid, eta, MEAN, VAR))
 
 
+@etas
+@pytest.mark.parametrize("grid", [[1, 4], [1, 2, 3, 4]], ids=str)
+def test_ddim_ends_in_the_law_that_is_predicted_for_a_mixture(grid, eta):
+    """Exact model of two unequal Gaussians: the output has the predicted shares, places and widths."""
+    got = ddpm.sample_ddim(mixture_model(BRUTAL), ddpm.Diffusion(BRUTAL), normal(N, 1), grid, eta,
+                           clip=False, generator=generator())  # fmt: skip
+    has_law("x0", got, *ref.mixture_law(BRUTAL, ref.ddim_steps(BRUTAL, grid, eta), *MIXTURE))
+
+
 @pytest.mark.parametrize("fault, grid, eta", [
     ("eta is ignored", [1, 2, 3, 4], 1.0),
     ("the last jump is skipped", [1, 2, 3, 4], 0.0),
     ("every second step is left out", [1, 2, 3, 4], 0.5),
 ])  # fmt: skip
 def test_ddim_statistics_reject_a_sampler_in_which(fault, grid, eta):
-    """Negative control: the test above would see each of these faults."""
+    """Negative control: the tests above would see each of these faults."""
     d, told = ddpm.Diffusion(BRUTAL), {}
     wrong_eta = 0.0 if fault.startswith("eta") else eta
     wrong_grid = [2, 4] if fault.startswith("every") else grid
-    ddpm.sample_ddim(gaussian_model(BRUTAL), d, normal(N, 1), wrong_grid, wrong_eta, clip=False,
-                     generator=generator(), on_step=told.__setitem__)  # fmt: skip
-    got = told[1 if fault.startswith("the last") else 0]
-    assert rejects(has_normal_moments, fault, got, *ref.ddim_moments(BRUTAL, grid, eta, MEAN, VAR))
+    gaussian = has_normal_moments, *ref.ddim_moments(BRUTAL, grid, eta, MEAN, VAR)
+    mixture = has_law, *ref.mixture_law(BRUTAL, ref.ddim_steps(BRUTAL, grid, eta), *MIXTURE)
+    for model, (judged, *law) in (gaussian_model, gaussian), (mixture_model, mixture):
+        ddpm.sample_ddim(model(BRUTAL), d, normal(N, 1), wrong_grid, wrong_eta, clip=False,
+                         generator=generator(), on_step=told.__setitem__)  # fmt: skip
+        assert rejects(judged, fault, told[1 if fault.startswith("the last") else 0], *law)
 
 
 @grids
@@ -152,7 +174,8 @@ def test_ddim_with_eta_0_is_deterministic_and_that_is_the_default():
     before = g.get_state()
     a = ddpm.sample_ddim(gaussian_model(BRUTAL), d, normal(4, 1), [2, 4], generator=g)
     b = ddpm.sample_ddim(gaussian_model(BRUTAL), d, normal(4, 1), [2, 4], eta=0.0)
-    assert torch.equal(a, b) and torch.equal(g.get_state(), before)
+    same("x0", a, b)
+    assert torch.equal(g.get_state(), before), "the generator was used"
 
 
 def test_ddim_clips_x0_and_takes_the_noise_that_the_clipped_x0_implies():

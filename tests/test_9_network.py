@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from judge import EPS32, close, has_mean, rejects, within
+from judge import EPS32, close, has_mean, rejects, same, within
 
 import ddpm
 import reference_numpy as ref
@@ -73,7 +73,7 @@ def test_appB_labels_are_added_to_the_time_embedding_and_the_last_row_means_no_l
     for y in (torch.tensor([0, 2]), torch.tensor([3, 1])):
         want = ref.unet(x.numpy(), t.numpy(), weights_of(net), labels=y.numpy(), has_labels=True, **config)
         close(f"eps at labels {y.tolist()}", net(x, t, y), want, 1e-6, np.abs(want).max())
-    assert torch.equal(net(x, t), net(x, t, torch.tensor([3, 3])))
+    same("eps without y", net(x, t), net(x, t, torch.tensor([3, 3])))
 
 
 def test_appB_sinusoid_has_sines_then_cosines_with_half_minus_1_in_the_denominator():
@@ -243,10 +243,10 @@ def test_group_norm_divides_by_the_standard_deviation_with_eps_1e_6():
 def test_dropout_is_off_in_eval_mode_and_on_in_training():
     """eval(): the same output twice; train(): different ones; dropout=0: the same even in training."""
     net, x, t = unet(dropout=0.5), images(1, 3, 8, 8), torch.tensor([3])
-    assert torch.equal(net(x, t), net(x, t))
-    assert not torch.equal(net.train()(x, t), net(x, t))
+    same("eps in eval mode", net(x, t), net(x, t))
+    assert not torch.equal(net.train()(x, t), net(x, t)), "training drops nothing"
     dry = unet(dropout=0.0).train()
-    assert torch.equal(dry(x, t), dry(x, t))
+    same("eps with dropout 0", dry(x, t), dry(x, t))
 
 
 def test_dropout_acts_just_before_the_last_convolution_of_a_residual_block():
