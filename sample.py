@@ -8,6 +8,8 @@ The first half is sampling; the second, what all three commands share: flags, fi
 import argparse
 import contextlib
 import difflib
+import glob
+import hashlib
 import math
 import os
 import pathlib
@@ -69,8 +71,8 @@ def main(cfg, given):
     labels = class_labels(cfg, classes)
     n = len(labels)
     columns = len(classes) if classes and cfg.label is None else round(n**0.5)
-    height, limit = -(-n // columns) * cell(H, W)[0], {".webp": 16_000, ".gif": 65_000}.get(kind)
-    if limit and max(height, columns * cell(H, W)[1]) > limit:
+    (tall, wide), limit = cell(H, W)[0], {".webp": 16_000, ".gif": 65_000}.get(kind)
+    if limit and max(-(-n // columns) * tall, columns * wide) > limit:
         raise UsageError(f"--n {n}: too many for one {kind} picture; ask for fewer, or for a .png")
     frames, progress, done = [], Progress("sampling", steps * n, "image-steps"), 0
 
@@ -139,10 +141,9 @@ def to_uint8(x):
 def grid(images, columns, gap=2):
     """uint8 (N, H, W, C) -> one picture, row by row; small images are enlarged by whole factors."""
     n, H, W, C = images.shape
-    rows, scale = -(-n // columns), max(1, 64 // max(H, W))
+    (H, W), scale = cell(H, W, gap)
     images = images.repeat(scale, axis=1).repeat(scale, axis=2)
-    H, W = cell(H, W, gap)
-    sheet = np.full((rows * H + gap, columns * W + gap, C), 255, np.uint8)
+    sheet = np.full((-(-n // columns) * H + gap, columns * W + gap, C), 255, np.uint8)
     for i, image in enumerate(images):
         top, left = gap + i // columns * H, gap + i % columns * W
         sheet[top : top + H - gap, left : left + W - gap] = image
@@ -150,9 +151,9 @@ def grid(images, columns, gap=2):
 
 
 def cell(H, W, gap=2):
-    """Height and width that an image takes in a grid."""
+    """(height, width) that an image takes in a grid, and the factor by which it is enlarged."""
     scale = max(1, 64 // max(H, W))
-    return H * scale + gap, W * scale + gap
+    return (H * scale + gap, W * scale + gap), scale
 
 
 def to_picture(image):
@@ -202,24 +203,42 @@ def writer(out, folder):
 # --- Checkpoints ---------------------------------------------------------------------------------
 
 FORMAT = 1  # of the checkpoint file; a file with a higher number is refused
+SEAL = b"\nddpm checkpoint; SHA-256 of all above: "  # and 32 bytes end the file; torch.load skips them
 SCHEDULES = {"linear": ddpm.linear_schedule, "cosine": ddpm.cosine_schedule,
              "exponential": ddpm.exponential_schedule}
 
 
+def save_checkpoint(path, ckpt):
+    """Writes a dictionary that load_checkpoint reads, whole or not at all."""
+    with replacing(path) as file:
+        torch.save({"ddpm_format": FORMAT, **ckpt}, file)
+        file.seek(0)
+        file.write(SEAL + hashlib.file_digest(file, "sha256").digest())
+
+
 def load_checkpoint(path):
-    """The dictionary that train.py saved, on the CPU. No code in the file is run."""
+    """The dictionary that train.py saved, on the CPU. No code in the file is run.
+
+    torch.load alone accepts most bit flips, as other weights: hence the seal.
+    """
     if not os.path.isfile(path):
         problem = "is a folder" if os.path.isdir(path) else "no such file"
         raise Failure(f"{path}: {problem}; train.py writes checkpoints (--out)")
+    end, size = len(SEAL) + 32, os.path.getsize(path)
+    data = np.memmap(path, np.uint8, "r") if size else np.zeros(0, np.uint8)
+    if size < end or data[size - end : size - 32].tobytes() != SEAL:
+        raise Failure(f"{path}: not a checkpoint of train.py, or not all of one")
+    if hashlib.sha256(data[: size - end]).digest() != data[size - 32 :].tobytes():
+        raise Failure(f"{path}: damaged: its checksum does not match its contents")
     try:
         with warnings.catch_warnings(action="ignore"):
             ckpt = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception:  # whatever a truncated or foreign file makes the reader raise
-        raise Failure(f"{path}: cannot be read as a checkpoint; truncated, or another program's") from None
+    except Exception:  # whatever a foreign file makes the reader raise
+        raise Failure(f"{path}: sealed as a checkpoint, but cannot be read as one") from None
     if not isinstance(ckpt, dict) or "ddpm_format" not in ckpt:
-        raise Failure(f"{path}: a torch file, but not a checkpoint of train.py")
+        raise Failure(f"{path}: sealed as a checkpoint, but does not hold one")
     if ckpt["ddpm_format"] != FORMAT:
         raise Failure(f"{path}: its format, {ckpt['ddpm_format']}, is newer than this program's, "
                       f"{FORMAT}; update the program")
@@ -274,9 +293,12 @@ def run(main, config, description):
     except (torch.OutOfMemoryError, MemoryError):
         status, message = 1, OUT_OF_MEMORY
     except RuntimeError as error:
-        if "allocate memory" not in str(error):
+        if "allocate memory" in str(error):
+            status, message = 1, OUT_OF_MEMORY
+        elif any(word in str(error) for word in ("closed by peer", "gloo", "NCCL")):
+            status, message = 1, "another process of this run has ended; its own message says why"
+        else:
             raise
-        status, message = 1, OUT_OF_MEMORY
     except BrokenPipeError:
         status, message = 1, "nobody reads the output any more"
     except OSError as error:
@@ -288,8 +310,14 @@ def run(main, config, description):
     else:
         return
     sys.stdout.flush()
-    print(f"{pathlib.Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    if status != 2 or os.environ.get("RANK", "0") == "0":  # a wrong call is wrong in every process
+        print(f"{pathlib.Path(sys.argv[0]).name}: error: {printable(message)}", file=sys.stderr)
     sys.exit(status)
+
+
+def printable(message):
+    """One line, whatever is in the names of files."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(message))
 
 
 OUT_OF_MEMORY = "out of memory; try a smaller --batch-size, or smaller images or networks"
@@ -379,8 +407,12 @@ def replacing(path):
     """A binary file that takes the place of `path` once it is complete and on disk, or not at all."""
     path = pathlib.Path(os.path.realpath(path))
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with contextlib.suppress(OSError):  # what a killed writer left an hour ago; a living one's is younger
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+            if time.time() - left.stat().st_mtime > 3600:
+                left.unlink()
     try:
-        with open(partial, "wb") as file:
+        with open(partial, "w+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

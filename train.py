@@ -20,6 +20,7 @@ import shlex
 import signal
 import sys
 import tarfile
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -33,7 +34,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 import ddpm
 import sample
-from sample import Failure, Progress, UsageError, duration, flag, replacing
+from sample import Failure, Progress, UsageError, duration, flag, printable, replacing
 
 # What suits each kind of data: the paper's settings (App. B), and a small network's for the glyphs.
 PAPER = dict(batch_size=128, lr=2e-4, warmup=5000, decay="none", ema=0.9999, dropout=0.1,
@@ -82,6 +83,7 @@ class Config:
     resume: str | None = flag(None, "checkpoint to go on from, with its settings; it is also --out")
     sample_every: int | None = flag(None, "epochs between sample grids, 0 for none "
                                           "(default: a tenth of --epochs)", low=0)
+    deterministic: bool = flag(False, "on a GPU: no kernel whose sums vary, so that a resumed run is exact")
     log: str | None = flag(None, "append a JSON line per progress report to this file")
 
 
@@ -93,6 +95,9 @@ def main(cfg, given):
         raise UsageError(f"--batch-size {cfg.batch_size} cannot be shared evenly by {world} processes")
     if kind(cfg.data) == "folder":  # refused before the folder is read, not after
         network_for(cfg, (cfg.channels, *parse_size(cfg.size)), 0)
+    if cfg.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+        torch.use_deterministic_algorithms(True)
     device = sample.pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if world > 1 and cfg.device == "auto"
                                 and torch.cuda.is_available() else cfg.device)
     sample.writable(cfg.out)
@@ -157,14 +162,20 @@ def main(cfg, given):
         eps = torch.randn(B, *shape, device=device)[mine]
         return x0.contiguous(memory_format=torch.channels_last), y, t, eps
 
+    def check(at, *numbers):
+        """Stops the run, at the first step where something is not finite, before that is saved."""
+        for what, number in zip(("loss", "gradient", "weights", "moving average"), numbers, strict=False):
+            if not math.isfinite(number):
+                raise Failure(
+                    f"step {at}: the {what}: {number}; a lower --lr or a longer --warmup may help. "
+                    f"Nothing of it is saved; if {cfg.out} was saved before, --resume goes on from there")
+
     def save():
-        if not all(p.isfinite().all() for p in params):
-            raise Failure(f"the weights are not finite at step {step}: a lower --lr may help")
+        check(step, 0, 0, *(float(sum(p.detach().sum() for p in n.parameters())) for n in (net, ema)))
         if rank == 0:
-            with replacing(cfg.out) as file:
-                torch.save(dict(ddpm_format=sample.FORMAT, config=asdict(cfg), network=network,
-                                shape=shape, classes=classes, images=N, step=step, model=net.state_dict(),
-                                ema=ema.state_dict(), optimizer=optimizer.state_dict()), file)
+            sample.save_checkpoint(cfg.out, dict(
+                config=asdict(cfg), network=network, shape=shape, classes=classes, images=N, step=step,
+                model=net.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict()))
 
     def draw_grid(epoch):
         if rank == 0:
@@ -181,13 +192,14 @@ def main(cfg, given):
     every = cfg.epochs // 10 or 1 if cfg.sample_every is None else cfg.sample_every
     losses, since = torch.zeros(2, device=device), (step, time.monotonic())
     seen, saved_at, epoch_began = torch.zeros(2), time.monotonic(), time.monotonic()
+    first_bad = torch.zeros(3, device=device)  # step, loss and gradient's norm, where one is not finite
     model.train()
     while step < steps:
         x0, y, t, eps = batch(step)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             loss = ddpm.loss_simple(lambda xt, t, y=y: model(xt, t, y), d, x0, t, eps)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.param_groups[0]["lr"] = rate(cfg, step, steps)
         optimizer.step()
         optimizer.zero_grad()
@@ -195,6 +207,8 @@ def main(cfg, given):
         decay = min(cfg.ema, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(ema.parameters()), params, 1 - decay)
         losses += torch.stack([loss.detach(), torch.ones_like(loss)])
+        now = torch.stack([torch.full_like(norm, step), loss.detach(), norm])
+        first_bad = torch.where((first_bad[0] == 0) & ~now.isfinite().all(), now, first_bad)
 
         # Nothing above waits for the device; reading the loss does, so it is read now and then.
         epoch, epoch_ends = step * B // N, step * B // N > (step - 1) * B // N or step == steps
@@ -205,9 +219,8 @@ def main(cfg, given):
             everyone = torch.cat([losses, torch.tensor([float(len(stop))], device=device)])
             dist.all_reduce(everyone)
             losses, stop = everyone[:2], stop or [signal.SIGTERM] * int(everyone[2] > 0)
-        if not losses.isfinite().all():
-            raise Failure(f"the loss is not finite at step {step}: a lower --lr or a longer --warmup "
-                          f"may help; {cfg.out} has not been touched since its last good state")
+        if first_bad[0]:
+            check(int(first_bad[0]), *first_bad[1:].tolist())
         mean, seen = (losses[0] / losses[1]).item(), seen + losses.cpu()
         now, speed = time.monotonic(), (step - since[0]) * B / (time.monotonic() - since[1])
         losses, since = torch.zeros_like(losses), (step, now)
@@ -226,11 +239,11 @@ def main(cfg, given):
         if stop or grid_due or step == steps or now - saved_at > 600:
             save()
             saved_at = now
-        if stop:
+        if stop and step < steps:
             if rank == 0:
                 progress.close()
                 print(f"stopped at step {step} of {steps}; go on with --resume {shlex.quote(cfg.out)}")
-            sys.exit(130)
+            sys.exit(128 + stop[0])
         if grid_due:
             draw_grid(epoch)
     if rank == 0:
@@ -402,12 +415,12 @@ def unpack_cifar10(root):
     with open(archive, "rb") as file:
         if hashlib.file_digest(file, "md5").hexdigest() != CIFAR10_MD5:
             raise Failure(f"{archive}: not the published file (its MD5 differs); delete it and try again")
-    folder, partial = root / CIFAR10, root / f".{CIFAR10}.{os.getpid()}"
-    partial.mkdir()
-    with tarfile.open(archive) as tar:
+    with tempfile.TemporaryDirectory(dir=root, prefix=".unpacking-") as partial, tarfile.open(archive) as tar:
+        whole = pathlib.Path(partial) / CIFAR10
+        whole.mkdir()
         for name in [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]:
-            (partial / name).write_bytes(tar.extractfile(f"{CIFAR10}/{name}").read())
-    partial.rename(folder)
+            (whole / name).write_bytes(tar.extractfile(f"{CIFAR10}/{name}").read())
+        whole.rename(root / CIFAR10)
 
 
 def download(url, path):
@@ -420,6 +433,9 @@ def download(url, path):
                 done += len(chunk)
                 progress(done)
             progress.close()
+            file.seek(0)
+            if hashlib.file_digest(file, "md5").hexdigest() != CIFAR10_MD5:
+                raise ConnectionError(f"{done:,} bytes came, which are not the published file")
     except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
         raise Failure(
             f"cannot download CIFAR-10 ({getattr(error, 'reason', error)}): connect to a network; or put "
@@ -445,49 +461,63 @@ def load_folder(folder, size, channels, cache_dir, skip_broken):
     files = sorted(visible_files(root))
     if not files:
         raise Failure(f"--data {folder}: there are no images in it")
-    listing = [(str(p.relative_to(root)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-    key = hashlib.sha256(repr((listing, size, channels)).encode()).hexdigest()[:16]
+    state = stamps(files)
+    key = hashlib.sha256(repr((state, size, channels, skip_broken)).encode()).hexdigest()[:16]
     cache = pathlib.Path(cache_dir) / f"{root.resolve().name}-{H}x{W}x{channels}-{key}.u8"
     if not cache.is_file():
         cache.parent.mkdir(parents=True, exist_ok=True)
-        decode_folder(files, size, channels, cache, skip_broken)
+        with replacing(cache) as out:
+            decode_folder(files, size, channels, out, skip_broken)
+            if stamps(sorted(visible_files(root))) != state:
+                raise Failure(f"--data {folder}: changed while it was read; start again when it is at rest")
     return np.memmap(cache, np.uint8, "c").reshape(-1, channels, H, W)
 
 
 def visible_files(root):
-    """Every file under root whose path has no hidden part; links to folders are followed once."""
-    seen = set()
+    """Every file under root whose path has no hidden part; links to folders are followed once. Pipes,
+    sockets and devices are no files; a link to nothing is a broken one."""
+    seen = {os.path.realpath(root)}
     for folder, names, files in os.walk(root, followlinks=True, onerror=reraise):
         names[:] = [name for name in names if not name.startswith(".")
                     and (real := os.path.realpath(os.path.join(folder, name))) not in seen
                     and not seen.add(real)]
-        yield from (pathlib.Path(folder) / name for name in files if not name.startswith("."))
+        paths = (os.path.join(folder, name) for name in files if not name.startswith("."))
+        yield from (pathlib.Path(path) for path in paths if os.path.isfile(path) or not os.path.exists(path))
+
+
+def stamps(files):
+    """Name, size and time of each file: what changes with its contents."""
+    stats = ((path, os.stat(path, follow_symlinks=path.exists())) for path in files)
+    return [(os.fsencode(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
 
 
 def reraise(error):
     raise error
 
 
-def decode_folder(files, size, channels, cache, skip_broken):
-    progress, broken = Progress("reading images", len(files), "images"), []
+def decode_folder(files, size, channels, out, skip_broken):
+    """Writes the pixels of every file, in order, to the binary file `out`."""
+    progress, broken, together = Progress("reading images", len(files), "images"), [], 1024
     warnings.filterwarnings("ignore", module="PIL")  # what cannot be read is named below
-    with (replacing(cache) as out, concurrent.futures.ThreadPoolExecutor() as pool):
-        for i, pixels in enumerate(pool.map(lambda path: decode(path, size, channels), files)):
-            if isinstance(pixels, str):
-                broken.append(files[i])
-                if not skip_broken:
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    raise Failure(f"{files[i]}: {pixels}; remove it, or leave such files out with "
-                                  f"--skip-broken")
-            else:
-                out.write(pixels)
-            progress(i + 1)
-        if len(broken) == len(files):
-            raise Failure(f"{files[0].parent}: none of its {len(files)} files is an image")
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        for first in range(0, len(files), together):  # so many wait in memory at most
+            some = files[first : first + together]
+            for i, pixels in enumerate(pool.map(lambda path: decode(path, size, channels), some)):
+                if isinstance(pixels, str):
+                    broken.append(some[i])
+                    if not skip_broken:
+                        pool.shutdown(wait=False, cancel_futures=True)
+                        raise Failure(f"{some[i]}: {pixels}; remove it, or leave such files out with "
+                                      f"--skip-broken")
+                else:
+                    out.write(pixels)
+                progress(first + i + 1)
     progress.close()
+    if len(broken) == len(files):
+        raise Failure(f"{files[0].parent}: none of its {len(files)} files is an image")
     if broken:
-        print(f"left out {len(broken)} of {len(files)} files that are no images, such as {broken[0]}",
-              file=sys.stderr)
+        print(f"left out {len(broken)} of {len(files)} files that are no images, such as "
+              f"{printable(broken[0])}", file=sys.stderr)
 
 
 def decode(path, size, channels):
@@ -507,12 +537,11 @@ def decode(path, size, channels):
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             image = image.convert("L" if channels == 1 else "RGB")
             image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.LANCZOS)
-    except PermissionError:
-        raise
     except UnidentifiedImageError:
         return "cannot be read as an image (its format is not known)"
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        return f"cannot be read as an image ({error})"
+    except Exception as error:  # a decoder given a damaged file raises what it likes, MemoryError too
+        reason = getattr(error, "strerror", None) or error or type(error).__name__
+        return f"cannot be read as an image ({reason})"
     return np.asarray(image).reshape(*size, channels).transpose(2, 0, 1).tobytes()
 
 
