@@ -30,8 +30,7 @@ class Config:
 
 def main(cfg, given):
     device = sample.pick_device(cfg.device)
-    ckpt = sample.load_checkpoint(cfg.ckpt)
-    net, d = sample.load_model(ckpt, cfg.weights, device)
+    ckpt, net, d = sample.load_model(cfg.ckpt, cfg.weights, device)
     images, labels, what = held_out(cfg, ckpt)
     N = len(images)
     progress, rows = Progress("evaluating", N * d.T, "image-steps"), []

@@ -59,8 +59,7 @@ def main(cfg, given):
     device = pick_device(cfg.device)
     write = writer(pathlib.Path(cfg.out), cfg.out.endswith(("/", os.sep)))
     kind = pathlib.Path(cfg.out).suffix.lower()
-    ckpt = load_checkpoint(cfg.ckpt)
-    net, d = load_model(ckpt, cfg.weights, device)
+    ckpt, net, d = load_model(cfg.ckpt, cfg.weights, device)
     steps = d.T if cfg.steps is None else cfg.steps
     implicit = cfg.eta is not None or steps < d.T
     if steps > d.T:
@@ -204,6 +203,8 @@ def writer(out, folder):
 
 FORMAT = 1  # of the checkpoint file; a file with a higher number is refused
 SEAL = b"\nddpm checkpoint; SHA-256 of all above: "  # and 32 bytes end the file; torch.load skips them
+CONTENTS = dict(config=dict, network=dict, shape=tuple, classes=list, images=int, step=int, model=dict,
+                ema=dict, optimizer=dict)
 SCHEDULES = {"linear": ddpm.linear_schedule, "cosine": ddpm.cosine_schedule,
              "exponential": ddpm.exponential_schedule}
 
@@ -242,28 +243,32 @@ def load_checkpoint(path):
     if ckpt["ddpm_format"] != FORMAT:
         raise Failure(f"{path}: its format, {ckpt['ddpm_format']}, is newer than this program's, "
                       f"{FORMAT}; update the program")
-    with refusing():
-        (_, _, _), step, images = ckpt["shape"], ckpt["step"], ckpt["images"]
-        assert step >= 0 and images > 0 and len(ckpt["classes"]) == (ckpt["network"]["num_classes"] or 0)
+    with refusing(path):
+        assert all(isinstance(ckpt[name], kind) for name, kind in CONTENTS.items())
+        assert len(ckpt["classes"]) == (ckpt["network"]["num_classes"] or 0)
+        assert ckpt["step"] >= 0 and len(ckpt["shape"]) == 3
     return ckpt
 
 
 @contextlib.contextmanager
-def refusing():
-    """Whatever a damaged checkpoint makes the code raise, in one line."""
+def refusing(path):
+    """Whatever a checkpoint that was edited makes the code raise, in one line; path None: nothing."""
     try:
         yield
-    except (KeyError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError):
-        raise Failure("the checkpoint's contents do not fit together: damaged, or edited") from None
+    except (LookupError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError):
+        if path is None:
+            raise
+        raise Failure(f"{path}: its contents do not fit together") from None
 
 
-def load_model(ckpt, weights="ema", device="cpu"):
-    """The network in eval mode and its diffusion, from a checkpoint."""
-    with refusing():
+def load_model(path, weights="ema", device="cpu"):
+    """The checkpoint, its network in eval mode and its diffusion."""
+    ckpt = load_checkpoint(path)
+    with refusing(path):
         net = ddpm.UNet(**ckpt["network"])
         net.load_state_dict(ckpt["ema" if weights == "ema" else "model"])
         d = make_diffusion(ckpt["config"]["schedule"], ckpt["config"]["timesteps"])
-    return net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), d
+    return ckpt, net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), d
 
 
 def make_diffusion(schedule, T):
@@ -353,6 +358,9 @@ def parse_flags(config, description, argv):
         near = difflib.get_close_matches(unknown[0].split("=")[0], names, 1, 0.7)
         hint = f"; did you mean {near[0]}?" if near else " (--help lists the flags)"
         raise UsageError(f"unknown argument {unknown[0]}{hint}")
+    for name, value in vars(known).items():
+        if value == []:  # what argparse makes of "--out=--"
+            raise UsageError(f"--{name.replace('_', '-')}: expected one argument (--help lists the flags)")
     return config(**vars(known)), set(vars(known))
 
 

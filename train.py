@@ -73,8 +73,8 @@ class Config:
     dropout: float | None = own("dropout", "in the residual blocks", low=0, high=0.999)
     flip: str | None = own("flip", "mirror images at random", choices=("yes", "no"))
     schedule: str | None = own("schedule", "of the noise", choices=tuple(sample.SCHEDULES))
-    timesteps: int = flag(1000, "T, the steps of the diffusion", low=1)
-    width: int | None = own("width", "channels at full resolution", low=4)
+    timesteps: int = flag(1000, "T, the steps of the diffusion", low=1, high=10**6)
+    width: int | None = own("width", "channels at full resolution", low=4, high=8192)
     seed: int = flag(0, "of the weights and of all that is drawn", low=0, high=2**31)
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps, ..")
     precision: str = flag("auto", "auto: bf16 where the GPU has it", choices=("auto", "fp32", "bf16"))
@@ -104,6 +104,10 @@ def main(cfg, given):
     if cfg.log:
         if os.path.realpath(cfg.log) in map(os.path.realpath, (cfg.out, cfg.resume or cfg.out)):
             raise UsageError(f"--log {cfg.log}: is the checkpoint; name another file")
+        if os.path.isfile(cfg.log):
+            with open(cfg.log, "rb") as file:
+                if file.read(1) not in (b"", b"{"):
+                    raise Failure(f"--log {cfg.log}: exists, and is not a log of train.py; name another file")
     if not saved and os.path.exists(cfg.out) and rank == 0:
         print(f"note: {cfg.out} exists and will be replaced; --resume goes on with it", file=sys.stderr)
     if world > 1:
@@ -120,16 +124,17 @@ def main(cfg, given):
 
     torch.manual_seed(mixed(cfg.seed, 0))
     network = saved["network"] if saved else network_for(cfg, shape, len(classes))
-    net = ddpm.UNet(**network).to(device, memory_format=torch.channels_last)
+    if saved and saved["images"] != N:
+        raise Failure(f"{cfg.data}: {N:,} images, but {saved['images']:,} when this run began")
+    with sample.refusing(cfg.resume):
+        net, d = ddpm.UNet(**network), sample.make_diffusion(cfg.schedule, cfg.timesteps)
+    net = net.to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
-    d = sample.make_diffusion(cfg.schedule, cfg.timesteps)
     params = list(net.parameters())
     optimizer = torch.optim.Adam(params, cfg.lr, fused=device.type in ("cuda", "cpu"))
     step = 0
-    if saved and saved["images"] != N:
-        raise Failure(f"{cfg.data}: {N:,} images, but {saved['images']:,} when this run began")
     if saved:
-        with sample.refusing():
+        with sample.refusing(cfg.resume):
             net.load_state_dict(saved["model"])
             ema.load_state_dict(saved["ema"])
             optimizer.load_state_dict(saved["optimizer"])

@@ -182,6 +182,15 @@ def equal(a, b):
     return all(map(equal, a, b)) if isinstance(a, (list, tuple)) else a == b
 
 
+def test_deterministic_changes_nothing_on_the_cpu(call):
+    """Its kernels are exact already; on a GPU the flag makes them so, or says which one cannot be."""
+    for name, flags in ("a.pt", []), ("b.pt", ["--deterministic"]):
+        assert call(train, *TINY, "--epochs", 1, "--out", name, *flags)[0] == 0
+        torch.use_deterministic_algorithms(False)
+    a, b = (sample.load_checkpoint(name) for name in ("a.pt", "b.pt"))
+    assert equal(a["model"], b["model"])
+
+
 def test_a_run_that_is_interrupted_and_resumed_equals_one_that_is_not(tmp_path):
     """Ctrl-C after the first epoch: the checkpoint is whole, says so, and goes on bit for bit."""
     flags = [*TINY, "--epochs", 12, "--dropout", 0.1, "--flip", "yes"]
@@ -210,12 +219,10 @@ def test_two_processes_make_the_same_run_as_one(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
                           capture_output=True, timeout=120)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    one, two = (sample.load_checkpoint(tmp_path / name) for name in ("one.pt", "two.pt"))
-    assert one["step"] == two["step"] == 8
-    x, t, eps = torch.randn(4, *one["shape"]), torch.tensor([1, 5, 10, 20]), []
-    for ckpt in one, two:
-        eps.append(sample.load_model(ckpt)[0](x, t))
-    close("eps of both networks", eps[1], eps[0], 1e-3, 1.0)
+    (a, one, _), (b, two, _) = (sample.load_model(tmp_path / name) for name in ("one.pt", "two.pt"))
+    assert a["step"] == b["step"] == 8
+    x, t = torch.randn(4, *a["shape"]), torch.tensor([1, 5, 10, 20])
+    close("eps of both networks", two(x, t), one(x, t), 1e-3, 1.0)
 
 
 # --- Data ----------------------------------------------------------------------------------------
@@ -302,6 +309,42 @@ def test_a_folder_is_decoded_once_and_again_when_it_changes(album, tmp_path, mon
     assert len(load()) == len(first) + 1
 
 
+def test_links_pipes_and_names_of_a_folder_are_taken_for_what_they_are(album, tmp_path, call):
+    """A link back into the folder adds nothing, a pipe is no file, a newline stays inside one line; a
+    link to nothing is a broken file."""
+    count = len(train.load_folder(album, (8, 8), 3, tmp_path / "cache", False))
+    (album / "more" / "loop").symlink_to(album)
+    os.mkfifo(album / "pipe.png")
+    stripes(9, 9).save(album / "line\nbreak.png")
+    assert len(train.load_folder(album, (8, 8), 3, tmp_path / "cache", False)) == count + 1
+    (album / "a\nb.png").symlink_to("nothing")
+    status, _, err = call(train, "--data", album)
+    assert status == 1 and err.count("\n") == 1 and "a\\nb.png: cannot be read" in err
+
+
+def test_a_folder_that_changes_while_it_is_read_is_refused(album, tmp_path, monkeypatch):
+    """A file comes or goes while the others are decoded: no cache of a state that never was."""
+    decode = train.decode
+
+    def meddling(path, *how):
+        (album / "new.png").write_bytes((album / "wide.png").read_bytes())
+        return decode(path, *how)
+
+    monkeypatch.setattr(train, "decode", meddling)
+    with pytest.raises(sample.Failure, match="changed while it was read"):
+        train.load_folder(album, (8, 8), 3, tmp_path / "cache", False)
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_what_a_killed_writer_left_is_cleared_after_an_hour(tmp_path):
+    """Another writer's partial file is left alone while it is young."""
+    old, young = (tmp_path / f".a.pt.{pid}.partial" for pid in (1, 2))
+    old.touch(), young.touch()
+    os.utime(old, (0, 0))
+    sample.save_checkpoint(tmp_path / "a.pt", {})
+    assert sorted(p.name for p in tmp_path.iterdir()) == [young.name, "a.pt"]
+
+
 def test_training_sampling_and_evaluating_a_folder_of_images(call, album, tmp_path):
     """Anyone's images, not square, grey; the checkpoint knows their size."""
     tiny = ["--batch-size", 4, "--width", 8, "--timesteps", 5, "--device", "cpu", "--epochs", 1]
@@ -377,10 +420,22 @@ def test_cifar10_is_downloaded_checked_and_unpacked_once(server, tmp_path):
         train.CIFAR10, "cifar-10-binary.tar.gz"]  # fmt: skip
 
 
-def test_cifar10_that_is_damaged_is_refused(server, call, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "CIFAR10_MD5", "0" * 32)
+def test_cifar10_that_is_cut_or_replaced_on_the_way_is_refused_and_not_kept(server, cifar, call):
+    """A broken connection, or a login page in its place."""
+    archive = cifar / "cifar-10-binary.tar.gz"
+    for content in (archive.read_bytes()[:5000], b"<html>log in</html>"):
+        archive.write_bytes(content)
+        status, _, err = call(train, "--data", "cifar10", "--data-dir", "new")
+        assert status == 1 and err.count("\n") == 1
+        assert f"{len(content):,} bytes came, which are not the published file" in err
+        assert not list(pathlib.Path("new").iterdir())
+
+
+def test_cifar10_that_is_damaged_is_refused(call, tmp_path):
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "cifar-10-binary.tar.gz").write_text("not it")
     status, _, err = call(train, "--data", "cifar10", "--data-dir", "new")
-    assert status == 1 and "not the published file" in err
+    assert status == 1 and "not the published file" in err and "delete it" in err
     folder = tmp_path / "short" / train.CIFAR10
     folder.mkdir(parents=True)
     (folder / "data_batch_1.bin").write_bytes(b"short")
@@ -448,6 +503,7 @@ def test_a_wrong_call_is_one_line_and_status_2(call, ckpt, tmp_path, module, fla
     (train, "--out new/", "is a folder"),
     (train, "--out /dev/null", "is not an ordinary file"),
     (train, "--data full/a.png", "it is a file"),
+    (train, "--log text.pt", "--log text.pt: exists, and is not a log"),
     (sample, "--ckpt edited.pt --out a.png", "contents do not fit together"),
     (train, "--resume edited.pt", "contents do not fit together"),
     (sample, "--ckpt empty --out a.png", "is a folder"),
