@@ -49,12 +49,12 @@ def pytest_addoption(parser):
                      help="the file to judge, with ddpm.py's public names (default: %(default)s)")
 
 
-def pytest_configure(config):
-    path = pathlib.Path(config.getoption("--ddpm")).resolve()
+def load(path):
+    """The module of a file that is to be judged, and the names that it has beyond the specification's."""
     if not path.is_file():
         raise pytest.UsageError(f"--ddpm {path}: no such file")
     spec = importlib.util.spec_from_file_location("ddpm", path)
-    module = sys.modules["ddpm"] = importlib.util.module_from_spec(spec)
+    module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except Exception as error:
@@ -64,8 +64,13 @@ def pytest_configure(config):
     if missing := NAMES - PARTS - names:
         raise pytest.UsageError(f"--ddpm {path}: the specification needs the public names of ddpm.py; "
                                 f"missing: {', '.join(sorted(missing))}")
+    return module, sorted(names - NAMES)
+
+
+def pytest_configure(config):
+    config.judged = pathlib.Path(config.getoption("--ddpm")).resolve()
+    sys.modules["ddpm"], config.unjudged = load(config.judged)
     judge.SEED = int(config.getoption("--hypothesis-seed", None) or 0)
-    config.judged, config.unjudged = path, sorted(names - NAMES)
 
 
 def pytest_collection_modifyitems(config, items):

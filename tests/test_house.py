@@ -2,9 +2,12 @@
 
 import ast
 import re
+import subprocess
+import sys
 
 import pytest
 
+import conftest
 from conftest import ROOT
 
 SOURCE = (ROOT / "ddpm.py").read_text()
@@ -105,3 +108,35 @@ def test_every_public_name_has_a_docstring():
     bare = [name for name, node in definitions(SOURCE)
             if not ast.get_docstring(node) and "." not in name and name not in ("conv", "norm")]
     assert not bare, bare
+
+
+# --- The specification, of another file ----------------------------------------------------------
+
+
+def test_another_file_is_judged_from_any_folder_by_the_names_of_its_equations(tmp_path):
+    """sigma^2 z where sigma z is meant fails a test of Algorithm 2, with the variance in words; at the
+    end stands which file was judged, and which of its names were not."""
+    wrong = SOURCE.replace("at(sigma2.sqrt(), t, xt) * noise_like", "at(sigma2, t, xt) * noise_like")
+    (tmp_path / "mine.py").write_text(wrong + "\n\ndef v_from_eps():\n    pass\n")
+    command = [sys.executable, "-m", "pytest", ROOT / "tests", "--ddpm", "mine.py", "-qxk", "algorithm2_takes"]
+    done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, timeout=100)
+    assert done.returncode == 1 and "FAILED" in done.stdout, done.stdout + done.stderr
+    assert "test_algorithm2_takes_each_step_from_p" in done.stdout
+    assert "AssertionError: variance of x_1: estimated" in done.stdout
+    assert f"judged: {tmp_path / 'mine.py'}" in done.stdout
+    assert "beyond the specification, not judged: v_from_eps" in done.stdout
+
+
+@pytest.mark.parametrize("source, words", [
+    (SOURCE.replace("def normal_kl", "def kl"), "missing: normal_kl"),
+    (SOURCE.replace("class UNet", "class Net"), "missing: UNet"),
+    (SOURCE.replace("def p_mean", "def mean"), "missing: Diffusion.p_mean"),
+    ("import nothing_of_this_name", "cannot be imported: ModuleNotFoundError"),
+    ("def linear_schedule(:", "cannot be imported: SyntaxError"),
+], ids=["no function", "no class", "no method", "a failing import", "no Python"])  # fmt: skip
+def test_a_file_that_cannot_be_judged_is_refused_in_one_line(tmp_path, source, words):
+    """One message, not a cascade of failures."""
+    (tmp_path / "mine.py").write_text(source)
+    with pytest.raises(pytest.UsageError) as refusal:
+        conftest.load(tmp_path / "mine.py")
+    assert words in str(refusal.value) and "\n" not in str(refusal.value)
