@@ -210,10 +210,11 @@ def main(cfg, given):
         optimizer.zero_grad()
         step += 1
         decay = min(cfg.ema, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(ema.parameters()), params, 1 - decay)
+        with torch.no_grad():  # or the graph of every step so far would stay in memory
+            torch._foreach_lerp_(list(ema.parameters()), params, 1 - decay)
         losses += torch.stack([loss.detach(), torch.ones_like(loss)])
-        now = torch.stack([torch.full_like(norm, step), loss.detach(), norm])
-        first_bad = torch.where((first_bad[0] == 0) & ~now.isfinite().all(), now, first_bad)
+        state = torch.stack([torch.full_like(norm, step), loss.detach(), norm])
+        first_bad = torch.where((first_bad[0] == 0) & ~state.isfinite().all(), state, first_bad)
 
         # Nothing above waits for the device; reading the loss does, so it is read now and then.
         epoch, epoch_ends = step * B // N, step * B // N > (step - 1) * B // N or step == steps

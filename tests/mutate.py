@@ -1,6 +1,6 @@
 """Generic mutation: every operator, constant, index, condition, call, keyword and guard of ddpm.py.
 
-    python tests/mutate.py                 all of it (about 40 minutes on two cores)
+    python tests/mutate.py                 all of it (20 minutes on two cores)
     python tests/mutate.py sample_ddim     the functions and classes with this word in their name
 
 Each mutant changes one thing and is given to the tests of its section, then to the others. A mutant

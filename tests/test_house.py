@@ -118,7 +118,7 @@ def test_another_file_is_judged_from_any_folder_by_the_names_of_its_equations(tm
     end stands which file was judged, and which of its names were not."""
     wrong = SOURCE.replace("at(sigma2.sqrt(), t, xt) * noise_like", "at(sigma2, t, xt) * noise_like")
     (tmp_path / "mine.py").write_text(wrong + "\n\ndef v_from_eps():\n    pass\n")
-    command = [sys.executable, "-m", "pytest", ROOT / "tests", "--ddpm", "mine.py", "-qxk", "algorithm2_takes"]
+    command = [sys.executable, "-m", "pytest", ROOT / "tests", "--ddpm", "mine.py", "-qxk", "takes_each_step"]
     done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, timeout=100)
     assert done.returncode == 1 and "FAILED" in done.stdout, done.stdout + done.stderr
     assert "test_algorithm2_takes_each_step_from_p" in done.stdout

@@ -26,6 +26,8 @@ SHORT = {
     "evaluate.py": "--n 2",
     "-m pytest": "--collect-only -q",
     "tests/mutants.py": "t = 1 is never drawn",
+    "tests/mutate.py": "same_t",
+    "tests/faults.py": "sampling interrupted",
 }
 
 
