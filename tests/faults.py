@@ -52,6 +52,7 @@ import train
 RUN = ("--limit 20 --batch-size 8 --epochs 4 --width 4 --timesteps 4 --dropout 0.1 --flip yes "
        "--sample-every 1 --device cpu").split()  # fmt: skip
 RESUME = ["--resume", "ckpt.pt"]
+SAMPLING = ["--ckpt", "ckpt.pt", "--out", "a.png", "--n", "4"]
 STEPS = 10
 
 # --- A command, in a process of its own ----------------------------------------------------------
@@ -186,24 +187,30 @@ def at_byte(n):
     Dying.left, sample.open = n, Dying
 
 
-def undisturbed():
-    """The whole run, once: its last checkpoint, also as bytes; lines of code; bytes written."""
-    lines, main = itertools.count(), train.main
+def lines_of(module, *flags):
+    """How many of those lines an undisturbed command runs."""
+    lines, main = itertools.count(), module.main
 
     def and_say(*args):
         main(*args)
         print("lines:", next(lines))
 
     def count():
-        train.main = and_say
+        module.main = and_say
         each_line(lambda: next(lines))
 
-    done = command(train, *RUN, fault=count)
+    done = command(module, *flags, fault=count)
     assert done.status == 0, done
+    return int(done.out.split("lines: ")[1])
+
+
+def undisturbed():
+    """The whole run, once: its last checkpoint, also as bytes; bytes written; lines of code, of sampling too."""
+    training = lines_of(train, *RUN)
     whole, data = sample.load_checkpoint("ckpt.pt"), pathlib.Path("ckpt.pt").read_bytes()
     pictures = sum(p.stat().st_size for p in pathlib.Path().glob("ckpt.*.png"))
     assert whole["step"] == STEPS
-    return whole, data, int(done.out.split("lines: ")[1]), 4 * len(data) + pictures
+    return whole, data, 4 * len(data) + pictures, training, lines_of(sample, *SAMPLING)
 
 
 # --- The run, killed -----------------------------------------------------------------------------
@@ -245,8 +252,8 @@ def sampling_interrupted(rng):
     """sample.py, by Ctrl-C: the picture that was there stays, or the new one is whole."""
     pathlib.Path("ckpt.pt").write_bytes(WHOLE_BYTES)
     pathlib.Path("a.png").write_text("the old one")
-    done = command(sample, "--ckpt", "ckpt.pt", "--out", "a.png", "--n", 4,
-                   fault=lambda: at_line(rng.randrange(1, 400), lambda: die(signal.SIGINT)))  # fmt: skip
+    n = rng.randrange(1, SAMPLING_LINES)
+    done = command(sample, *SAMPLING, fault=lambda: at_line(n, lambda: die(signal.SIGINT)))
     assert "Traceback" not in done.err and done.status in (0, 130), done
     if pathlib.Path("a.png").read_bytes() != b"the old one":
         Image.open("a.png").load()
@@ -684,7 +691,7 @@ FAULTS = [
      functools.partial(stopped, signal.SIGTERM)),
     ("training interrupted", "Ctrl-C at a random line of code", 40,
      functools.partial(stopped, signal.SIGINT)),
-    ("sampling interrupted", "Ctrl-C at a random line of code", 40, sampling_interrupted),
+    ("sampling interrupted", "Ctrl-C at a random line of code", 80, sampling_interrupted),
     ("full disk", "no file may grow beyond a random number of bytes", 40, full_disk),
     ("two trainers, one file", "both started at once, the file read all the time", 5, two_trainers),
     ("numbers gone wrong", "nan or inf in loss, gradient or average; bf16, fp32", 60, not_a_number),
@@ -715,11 +722,11 @@ def survive(item):
 
 
 def main(word):
-    global WHOLE, WHOLE_BYTES, LINES, BYTES
+    global WHOLE, WHOLE_BYTES, BYTES, LINES, SAMPLING_LINES
     torch.set_num_threads(1)
     chosen = [fault for fault in FAULTS if word in fault[0]]
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        WHOLE, WHOLE_BYTES, LINES, BYTES = undisturbed()
+        WHOLE, WHOLE_BYTES, BYTES, LINES, SAMPLING_LINES = undisturbed()
     items = [(fault, seed) for fault in chosen for seed in range(fault[2])]
     counts, remarks, began, lost = {}, {}, time.monotonic(), 0
     print("| fault | how it is injected | runs | survived |\n|---|---|---|---|")
