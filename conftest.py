@@ -27,9 +27,11 @@ NAMES = {
 }  # fmt: skip
 PARTS = {"at", "same_t", "init", "conv", "norm", "Stack"}  # used by the others, not judged themselves
 
-# No deadline, since machines are noisy. CI tries the same examples each time, others fresh ones.
+# No deadline, since machines are noisy. CI tries the same examples each time, others fresh ones; deep:
+# fifty times as many, in half an hour.
 hypothesis.settings.register_profile("dev", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("deep", deadline=None, max_examples=5000)
 hypothesis.settings.register_profile(
     "mutants", deadline=None, derandomize=True, report_multiple_bugs=False,
     phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],

