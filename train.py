@@ -118,8 +118,7 @@ def main(cfg, given):
     if world > 1 and rank == 0:
         dist.barrier()
     shape, N, B = tuple(images.shape[1:]), len(images), cfg.batch_size
-    bf16 = cfg.precision == "bf16" or (
-        cfg.precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported())
+    bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and pays_bf16(device))
     torch.set_float32_matmul_precision("high" if bf16 else "highest")
 
     torch.manual_seed(mixed(cfg.seed, 0))
@@ -200,20 +199,12 @@ def main(cfg, given):
     first_bad = torch.zeros(3, device=device)  # step, loss and gradient's norm, where one is not finite
     model.train()
     while step < steps:
-        x0, y, t, eps = batch(step)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            loss = ddpm.loss_simple(lambda xt, t, y=y: model(xt, t, y), d, x0, t, eps)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.param_groups[0]["lr"] = rate(cfg, step, steps)
-        optimizer.step()
-        optimizer.zero_grad()
+        lr, x0_y_t_eps = rate(cfg, step, steps), batch(step)
         step += 1
         decay = min(cfg.ema, (1 + step) / (10 + step))
-        with torch.no_grad():  # or the graph of every step so far would stay in memory
-            torch._foreach_lerp_(list(ema.parameters()), params, 1 - decay)
-        losses += torch.stack([loss.detach(), torch.ones_like(loss)])
-        state = torch.stack([torch.full_like(norm, step), loss.detach(), norm])
+        loss, norm = update(model, d, x0_y_t_eps, optimizer, lr, ema, decay, bf16)
+        losses += torch.stack([loss, torch.ones_like(loss)])
+        state = torch.stack([torch.full_like(norm, step), loss, norm])
         first_bad = torch.where((first_bad[0] == 0) & ~state.isfinite().all(), state, first_bad)
 
         # Nothing above waits for the device; reading the loss does, so it is read now and then.
@@ -257,6 +248,27 @@ def main(cfg, given):
               f"--out grid.png")
     if world > 1:
         dist.destroy_process_group()
+
+
+def update(model, d, batch, optimizer, lr, ema, decay, bf16=False):
+    """One step of training, Algorithm 1, that never waits for the device: (loss, norm of its gradient)."""
+    x0, y, t, eps = batch
+    params = optimizer.param_groups[0]["params"]
+    with torch.autocast(x0.device.type, torch.bfloat16, enabled=bf16):
+        loss = ddpm.loss_simple(lambda xt, t: model(xt, t, y), d, x0, t, eps)
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
+    optimizer.param_groups[0]["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad()
+    with torch.no_grad():  # or the graph of every step so far would stay in memory
+        torch._foreach_lerp_(list(ema.parameters()), params, 1 - decay)
+    return loss.detach(), norm
+
+
+def pays_bf16(device):
+    """Whether the device computes faster in bf16 than in float32."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported()
 
 
 def interrupt(stop, number):

@@ -24,7 +24,7 @@ SHORT = {
     "train.py": "--epochs 1 --limit 32 --batch-size 8 --width 8 --timesteps 5 --sample-every 0",
     "sample.py": "--n 3 --steps 2",
     "evaluate.py": "--n 2",
-    "-m pytest": "--collect-only -q",
+    "-m pytest": "--collect-only -q tests/test_1_schedules.py",
     "tests/mutants.py": "t = 1 is never drawn",
     "tests/mutate.py": None,  # minutes, whatever is added; .ci/run runs the second
     "tests/faults.py": None,
@@ -57,7 +57,7 @@ def test_every_command_of_the_readme_runs(command, call, tmp_path):
         flags = sample.parse_flags(train.Config, "", words[words.index("train.py") + 1 :])[0]
         assert train.with_recipe(flags).lr == 2e-4
     elif "--ddpm" in command:
-        run(" ".join(words).replace("path/to/my_ddpm.py", "ddpm.py") + " --collect-only -q")
+        run(" ".join(words).replace("path/to/my_ddpm.py", "ddpm.py") + " --collect-only -qk schedule")
     elif script is None:
         assert command in ("python3 -m venv .venv", ".venv/bin/pip install -r requirements.txt")
         assert (ROOT / "requirements.txt").is_file()
