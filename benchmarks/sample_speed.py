@@ -8,6 +8,9 @@ Each draws its images by two steps of DDIM, network and update, as its own sampl
 count one step. diffusers takes part as it comes, and with the best settings that it takes.
 """
 
+import contextlib
+import io
+
 import torch
 from train_speed import contestants, diffusers_network, flags, table, title
 
@@ -60,7 +63,12 @@ def denoising_diffusion_pytorch(x):
     net = Unet(128, dim_mults=(1, 2, 2, 2))
     diffusion = GaussianDiffusion(net, image_size=32, objective="pred_noise", sampling_timesteps=STEPS)
     diffusion = diffusion.to(x.device).eval()
-    return net, lambda: diffusion.ddim_sample(tuple(x.shape))
+
+    def step():
+        with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
+            diffusion.ddim_sample(tuple(x.shape))
+
+    return net, step
 
 
 def main():

@@ -17,6 +17,7 @@ import pathlib
 import statistics
 import sys
 import time
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -140,9 +141,9 @@ def matmul_rate(device, dtype):
 
 
 def operations(step, compiled):
-    """Floating-point operations of a step, counted as it runs; of a compiled one they cannot be."""
-    with FlopCounterMode(display=False) as counter, \
-            torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext():
+    """Floating-point operations of a step, counted as it runs, not compiled."""
+    eager = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
+    with warnings.catch_warnings(action="ignore"), FlopCounterMode(display=False) as counter, eager:
         step()
     return counter.get_total_flops()
 
