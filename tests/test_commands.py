@@ -179,6 +179,27 @@ def equal(a, b):
     return all(map(equal, a, b)) if isinstance(a, (list, tuple)) else a == b
 
 
+def test_the_loss_that_is_shown_is_the_mean_since_the_last_one(call, monkeypatch):
+    """Of every step of the interval, not of one batch: in the log and on the line of each epoch."""
+    losses, loss_simple = [], train.ddpm.loss_simple
+
+    def recording(*args):
+        loss = loss_simple(*args)
+        losses.append(loss.item())
+        return loss
+
+    monkeypatch.setattr(train.ddpm, "loss_simple", recording)
+    status, out, err = call(train, *TINY, "--epochs", 3, "--log", "log.jsonl")
+    assert status == 0, err
+    shown = [float(line.split("loss ")[1].split(",")[0]) for line in out.splitlines() if ": loss" in line]
+    close("loss of each epoch", shown, np.reshape(losses, (3, 4)).mean(1), 6e-5, 1.0)
+    first = 0
+    for line in map(json.loads, pathlib.Path("log.jsonl").read_text().splitlines()):
+        close(f"loss at step {line['step']}", line["loss"], np.mean(losses[first : line["step"]]), 1e-6, 1.0)
+        first = line["step"]
+    assert first == 12
+
+
 def test_deterministic_changes_nothing_on_the_cpu(call):
     """Its kernels are exact already; on a GPU the flag makes them so, or says which one cannot be."""
     for name, flags in ("a.pt", []), ("b.pt", ["--deterministic"]):
