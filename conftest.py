@@ -1,5 +1,6 @@
 """Loads the file that is judged: ./ddpm.py, or with `--ddpm FILE` any file with the same public names."""
 
+import importlib.machinery
 import importlib.util
 import os
 import pathlib
@@ -55,23 +56,32 @@ def load(path):
     """The module of a file that is to be judged, and the names that it has beyond the specification's."""
     if not path.is_file():
         raise pytest.UsageError(f"--ddpm {path}: no such file")
-    spec = importlib.util.spec_from_file_location("ddpm", path)
-    module = importlib.util.module_from_spec(spec)
+    loader = importlib.machinery.SourceFileLoader("ddpm", str(path))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("ddpm", loader))
+    before, sys.modules["ddpm"] = sys.modules.get("ddpm", module), module
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise pytest.UsageError(
-            f"--ddpm {path}: cannot be imported: {type(error).__name__}: {error}") from None
-    names = public_names(module)
-    if missing := NAMES - PARTS - names:
-        raise pytest.UsageError(f"--ddpm {path}: the specification needs the public names of ddpm.py; "
-                                f"missing: {', '.join(sorted(missing))}")
-    return module, sorted(names - NAMES)
+        loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        problem = f"cannot be imported: {type(error).__name__}: {error}"
+    else:
+        missing = [name for name in sorted(NAMES - PARTS) if not has(module, name)]
+        problem = missing and f"the specification needs ddpm.py's public names; missing: {', '.join(missing)}"
+    if problem:
+        sys.modules["ddpm"] = before
+        raise pytest.UsageError(f"--ddpm {path}: {problem}")
+    return module, sorted(public_names(module) - NAMES)
+
+
+def has(module, name):
+    """Whether the module has this name, or Diffusion this method."""
+    for part in name.split("."):
+        module = getattr(module, part, None)
+    return module is not None
 
 
 def pytest_configure(config):
     config.judged = pathlib.Path(config.getoption("--ddpm")).resolve()
-    sys.modules["ddpm"], config.unjudged = load(config.judged)
+    _, config.unjudged = load(config.judged)
     judge.SEED = int(config.getoption("--hypothesis-seed", None) or 0)
 
 

@@ -53,7 +53,8 @@ def main(cfg, given):
 
 def held_out(cfg, ckpt):
     """The images to evaluate, sized as the checkpoint's, their labels or None, and what to call them."""
-    saved = {k: v for k, v in ckpt["config"].items() if k in train.Config.__dataclass_fields__}
+    with sample.refusing(cfg.ckpt):
+        saved = train.settings_of(ckpt)
     data = cfg.data or saved["data"]
     data = os.path.abspath(data) if train.kind(data) == "folder" else data
     if ckpt["classes"] and data != saved["data"]:

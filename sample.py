@@ -13,6 +13,7 @@ import hashlib
 import math
 import os
 import pathlib
+import secrets
 import shutil
 import signal
 import sys
@@ -57,7 +58,9 @@ class Config:
 
 def main(cfg, given):
     device = pick_device(cfg.device)
-    write = writer(pathlib.Path(cfg.out), cfg.out.endswith(("/", os.sep)))
+    out = pathlib.Path(cfg.out)
+    out = out if out.name.strip(".") else out.resolve()  # "." and ".." are folders with names
+    write = writer(out, cfg.out.endswith(("/", os.sep)))
     kind = pathlib.Path(cfg.out).suffix.lower()
     ckpt, net, d = load_model(cfg.ckpt, cfg.weights, device)
     steps = d.T if cfg.steps is None else cfg.steps
@@ -163,13 +166,12 @@ def writer(out, folder):
     """A function (images, labels, columns, film) that writes `out`; refuses at once what cannot be."""
     kinds = ".png .gif .webp .npz".split()
     if folder or out.is_dir():
-        if out.is_dir() and any(out.iterdir()):
-            raise Failure(f"--out {out}: the folder is not empty; name a new one")
-
-        writable(out if not out.exists() else out / "000000.png")
+        if out.is_dir() and (any(out.iterdir()) or out.is_mount() or out == pathlib.Path.cwd()):
+            raise Failure(f"--out {out}: the folder is not empty, or in use; name a new one")
+        writable(out.with_name("new"))
 
         def write(images, labels, columns, film):
-            partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+            partial = partial_name(out)
             partial.mkdir()
             try:
                 for i, image in enumerate(images):
@@ -204,7 +206,7 @@ def writer(out, folder):
 FORMAT = 1  # of the checkpoint file; a file with a higher number is refused
 SEAL = b"\nddpm checkpoint; SHA-256 of all above: "  # and 32 bytes end the file; torch.load skips them
 CONTENTS = dict(config=dict, network=dict, shape=tuple, classes=list, images=int, step=int, model=dict,
-                ema=dict, optimizer=dict)
+                ema=dict, optimizer=dict, fingerprint=int)
 SCHEDULES = {"linear": ddpm.linear_schedule, "cosine": ddpm.cosine_schedule,
              "exponential": ddpm.exponential_schedule}
 
@@ -212,7 +214,10 @@ SCHEDULES = {"linear": ddpm.linear_schedule, "cosine": ddpm.cosine_schedule,
 def save_checkpoint(path, ckpt):
     """Writes a dictionary that load_checkpoint reads, whole or not at all."""
     with replacing(path) as file:
-        torch.save({"ddpm_format": FORMAT, **ckpt}, file)
+        try:
+            torch.save({"ddpm_format": FORMAT, **ckpt}, file)
+        except RuntimeError:  # how it reports a full disk
+            raise Failure(f"{path}: cannot be written, the disk may be full; nothing changed") from None
         file.seek(0)
         file.write(SEAL + hashlib.file_digest(file, "sha256").digest())
 
@@ -234,7 +239,7 @@ def load_checkpoint(path):
     try:
         with warnings.catch_warnings(action="ignore"):
             ckpt = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
+    except (OSError, MemoryError):
         raise
     except Exception:  # whatever a foreign file makes the reader raise
         raise Failure(f"{path}: sealed as a checkpoint, but cannot be read as one") from None
@@ -246,7 +251,9 @@ def load_checkpoint(path):
     with refusing(path):
         assert all(isinstance(ckpt[name], kind) for name, kind in CONTENTS.items())
         assert len(ckpt["classes"]) == (ckpt["network"]["num_classes"] or 0)
-        assert ckpt["step"] >= 0 and len(ckpt["shape"]) == 3
+        (C, H, W), factor = ckpt["shape"], 2 ** (len(ckpt["network"]["mult"]) - 1)
+        assert C == ckpt["network"]["in_channels"] and ckpt["step"] > 0
+        assert H > 0 and W > 0 and H % factor == W % factor == 0
     return ckpt
 
 
@@ -255,8 +262,8 @@ def refusing(path):
     """Whatever a checkpoint that was edited makes the code raise, in one line; path None: nothing."""
     try:
         yield
-    except (LookupError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError):
-        if path is None:
+    except (LookupError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError) as error:
+        if path is None or out_of_memory(error):
             raise
         raise Failure(f"{path}: its contents do not fit together") from None
 
@@ -293,15 +300,15 @@ def run(main, config, description):
         sys.stdout.reconfigure(errors="replace")
     try:
         main(*parse_flags(config, description, sys.argv[1:]))
+        sys.stdout.flush()
     except UsageError as error:
         status, message = 2, error
-    except (torch.OutOfMemoryError, MemoryError):
-        status, message = 1, OUT_OF_MEMORY
-    except RuntimeError as error:
-        if "allocate memory" in str(error):
-            status, message = 1, OUT_OF_MEMORY
+    except (MemoryError, RuntimeError) as error:
+        if out_of_memory(error):
+            status, message = 1, "out of memory; try a smaller --batch-size, or smaller images or networks"
         elif any(word in str(error) for word in ("closed by peer", "gloo", "NCCL")):
-            status, message = 1, "another process of this run has ended; its own message says why"
+            cause = str(error).strip().splitlines()[0]
+            status, message = 1, f"another process of this run has ended; if none says why: {cause}"
         else:
             raise
     except BrokenPipeError:
@@ -314,7 +321,10 @@ def run(main, config, description):
         status, message = 130, "interrupted"
     else:
         return
-    sys.stdout.flush()
+    try:
+        sys.stdout.flush()
+    except OSError:  # nobody is there, or the disk is full: not to be tried again at the exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     if status != 2 or os.environ.get("RANK", "0") == "0":  # a wrong call is wrong in every process
         print(f"{pathlib.Path(sys.argv[0]).name}: error: {printable(message)}", file=sys.stderr)
     sys.exit(status)
@@ -325,7 +335,8 @@ def printable(message):
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(message))
 
 
-OUT_OF_MEMORY = "out of memory; try a smaller --batch-size, or smaller images or networks"
+def out_of_memory(error):
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
 
 
 class Parser(argparse.ArgumentParser):
@@ -414,24 +425,28 @@ def writable(path):
 def replacing(path):
     """A binary file that takes the place of `path` once it is complete and on disk, or not at all."""
     path = pathlib.Path(os.path.realpath(path))
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with contextlib.suppress(OSError):  # what a killed writer left an hour ago; a living one's is younger
+    partial = partial_name(path)
+    with contextlib.suppress(OSError):  # what a killed writer left an hour ago; a writing one's is younger
         for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
             if time.time() - left.stat().st_mtime > 3600:
                 left.unlink()
     try:
-        with open(partial, "w+b") as file:
+        with open(partial, "x+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
     except BaseException as error:
         partial.unlink(missing_ok=True)
-        if isinstance(error, RuntimeError):  # how torch.save reports a full disk
-            raise Failure(f"{path}: cannot be written, the disk may be full; nothing changed") from None
-        if isinstance(error, OSError) and not error.filename:
+        network = isinstance(error, (ConnectionError, TimeoutError))
+        if isinstance(error, OSError) and not error.filename and not network:
             raise Failure(f"{path}: {error.strerror or error}; nothing changed") from None
         raise
+
+
+def partial_name(path):
+    """Beside `path`, and no other process's, on whatever machine."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
 
 
 class Progress:

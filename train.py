@@ -25,7 +25,9 @@ import time
 import urllib.error
 import urllib.request
 import warnings
+import zlib
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -90,7 +92,8 @@ class Config:
 def main(cfg, given):
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     saved = sample.load_checkpoint(cfg.resume) if cfg.resume else None
-    cfg = resumed(cfg, given, saved) if saved else with_recipe(cfg)
+    with sample.refusing(cfg.resume):
+        cfg = resumed(cfg, given, saved) if saved else with_recipe(cfg)
     if cfg.batch_size % world:
         raise UsageError(f"--batch-size {cfg.batch_size} cannot be shared evenly by {world} processes")
     if kind(cfg.data) == "folder":  # refused before the folder is read, not after
@@ -101,6 +104,9 @@ def main(cfg, given):
     device = sample.pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if world > 1 and cfg.device == "auto"
                                 and torch.cuda.is_available() else cfg.device)
     sample.writable(cfg.out)
+    above = pathlib.Path(cfg.out).resolve().parents
+    if kind(cfg.data) == "folder" and pathlib.Path(cfg.data).resolve() in above:
+        raise UsageError(f"--out {cfg.out}: is inside --data, and would be taken for one of its images")
     if cfg.log:
         if os.path.realpath(cfg.log) in map(os.path.realpath, (cfg.out, cfg.resume or cfg.out)):
             raise UsageError(f"--log {cfg.log}: is the checkpoint; name another file")
@@ -108,10 +114,10 @@ def main(cfg, given):
             with open(cfg.log, "rb") as file:
                 if file.read(1) not in (b"", b"{"):
                     raise Failure(f"--log {cfg.log}: exists, and is not a log of train.py; name another file")
-    if not saved and os.path.exists(cfg.out) and rank == 0:
+    if os.path.exists(cfg.out) and rank == 0 and not (saved and os.path.samefile(cfg.out, cfg.resume)):
         print(f"note: {cfg.out} exists and will be replaced; --resume goes on with it", file=sys.stderr)
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=6))
         if rank > 0:
             dist.barrier()  # the first process downloads and decodes, the others read its files
     images, labels, classes = load_data(cfg, train=True)
@@ -123,8 +129,11 @@ def main(cfg, given):
 
     torch.manual_seed(mixed(cfg.seed, 0))
     network = saved["network"] if saved else network_for(cfg, shape, len(classes))
+    images_print = fingerprint(images)
     if saved and saved["images"] != N:
         raise Failure(f"{cfg.data}: {N:,} images, but {saved['images']:,} when this run began")
+    if saved and saved["fingerprint"] != images_print:
+        raise Failure(f"{cfg.data}: not the images, or not in the order, with which this run began")
     with sample.refusing(cfg.resume):
         net, d = ddpm.UNet(**network), sample.make_diffusion(cfg.schedule, cfg.timesteps)
     net = net.to(device, memory_format=torch.channels_last)
@@ -137,13 +146,14 @@ def main(cfg, given):
             net.load_state_dict(saved["model"])
             ema.load_state_dict(saved["ema"])
             optimizer.load_state_dict(saved["optimizer"])
+            assert len(optimizer.state) == len(params)
             step = saved["step"]
-    if cfg.log:
-        open(cfg.log, "a").close()  # if it cannot be written, this is the time to say so
     steps = math.ceil(cfg.epochs * N / B)
     if step >= steps:
         raise UsageError(f"{cfg.resume} has done {step * B / N:g} of {cfg.epochs} epochs; ask for more "
                          f"with --epochs")
+    if cfg.log:
+        open(cfg.log, "a").close()  # if it cannot be written, this is the time to say so
     model = torch.compile(net) if cfg.compile else net
     if world > 1:
         model = torch.nn.parallel.DistributedDataParallel(model)
@@ -164,6 +174,8 @@ def main(cfg, given):
             x0 = torch.where(mirror[:, None, None, None], x0.flip(3), x0)
         t = torch.randint(1, d.T + 1, (B,))[mine]
         eps = torch.randn(B, *shape, device=device)[mine]
+        if world > 1:  # other dropout masks for other images
+            torch.manual_seed(mixed(cfg.seed, 3, step, rank))
         return x0.contiguous(memory_format=torch.channels_last), y, t, eps
 
     def check(at, *numbers):
@@ -178,13 +190,16 @@ def main(cfg, given):
         check(step, 0, 0, *(float(sum(p.detach().sum() for p in n.parameters())) for n in (net, ema)))
         if rank == 0:
             sample.save_checkpoint(cfg.out, dict(
-                config=asdict(cfg), network=network, shape=shape, classes=classes, images=N, step=step,
-                model=net.state_dict(), ema=ema.state_dict(), optimizer=optimizer.state_dict()))
+                config=asdict(cfg), network=network, shape=shape, classes=classes, images=N,
+                fingerprint=images_print, step=step, model=net.state_dict(), ema=ema.state_dict(),
+                optimizer=optimizer.state_dict()))
 
     def draw_grid(epoch):
         if rank == 0:
             y = sample.class_labels(sample.Config("", ""), classes)
-            x0 = sample.sample(ema, d, shape, range(len(y)), y if classes else None, min(50, d.T), eta=1.0)
+            parts = [slice(i, i + B) for i in range(0, len(y), B)]  # no more at a time than training takes
+            x0 = torch.cat([sample.sample(ema, d, shape, range(len(y))[part], y[part] if classes else None,
+                                          min(50, d.T), eta=1.0) for part in parts])  # fmt: skip
             path = pathlib.Path(cfg.out).with_suffix(f".{epoch:04d}.png")
             with replacing(path) as file:
                 sample.grid(sample.to_uint8(x0), len(classes) or 8).save(file, "PNG")
@@ -210,7 +225,8 @@ def main(cfg, given):
         # Nothing above waits for the device; reading the loss does, so it is read now and then.
         epoch, epoch_ends = step * B // N, step * B // N > (step - 1) * B // N or step == steps
         now = time.monotonic()
-        if not (epoch_ends or step % 50 == 0 or (world == 1 and (stop or now - since[1] > 5))):
+        soon = stop or now - since[1] > 5 if world == 1 else step % 10 == 0  # all processes must agree
+        if not (epoch_ends or soon or step % 50 == 0):
             continue
         if world > 1:
             everyone = torch.cat([losses, torch.tensor([float(len(stop))], device=device)])
@@ -240,6 +256,8 @@ def main(cfg, given):
             if rank == 0:
                 progress.close()
                 print(f"stopped at step {step} of {steps}; go on with --resume {shlex.quote(cfg.out)}")
+            if world > 1:
+                dist.barrier()  # torchrun ends all when one has ended: the first must have saved
             sys.exit(128 + stop[0])
         if grid_due:
             draw_grid(epoch)
@@ -272,9 +290,9 @@ def pays_bf16(device):
 
 
 def interrupt(stop, number):
-    """The first Ctrl-C ends the run after the step, with a checkpoint; the second, at once."""
+    """The first signal ends the run after the step, with a checkpoint; a second Ctrl-C, at once."""
     stop.append(number)
-    if len(stop) > 1:
+    if number == signal.SIGINT and len(stop) > 1:
         raise KeyboardInterrupt
 
 
@@ -306,12 +324,17 @@ def resumed(cfg, given, saved):
         if name in given and getattr(cfg, name) != saved["config"][name]:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: the run to resume has "
                              f"{saved['config'][name]}, and cannot change it")
-    known = {f.name for f in fields(Config)}
-    settings = {k: v for k, v in saved["config"].items() if k in known}
+    settings = settings_of(saved)
     settings.update({k: getattr(cfg, k) for k in given}, resume=cfg.resume)
     if "out" not in given:
         settings["out"] = cfg.resume
     return Config(**settings)
+
+
+def settings_of(saved):
+    """A checkpoint's settings, those that this program knows."""
+    assert {"data", "seed", "timesteps", *PAPER} <= set(saved["config"])
+    return {f.name: saved["config"][f.name] for f in fields(Config) if f.name in saved["config"]}
 
 
 def network_for(cfg, shape, classes):
@@ -373,6 +396,11 @@ def load_data(cfg, train):
 
 
 GLYPHS = "0123456789"
+
+
+def fingerprint(images):
+    """A checksum of the images, of ten thousand of them at most."""
+    return zlib.crc32(images[:: -(-len(images) // 10_000)].numpy().tobytes())
 
 
 def draw_glyphs(n, seed, side=16):
@@ -493,13 +521,14 @@ def load_folder(folder, size, channels, cache_dir, skip_broken):
 
 def visible_files(root):
     """Every file under root whose path has no hidden part; links to folders are followed once. Pipes,
-    sockets and devices are no files; a link to nothing is a broken one."""
+    sockets, devices and our own caches are left out; a link to nothing is a broken file."""
     seen = {os.path.realpath(root)}
     for folder, names, files in os.walk(root, followlinks=True, onerror=reraise):
         names[:] = [name for name in names if not name.startswith(".")
                     and (real := os.path.realpath(os.path.join(folder, name))) not in seen
                     and not seen.add(real)]
-        paths = (os.path.join(folder, name) for name in files if not name.startswith("."))
+        paths = (os.path.join(folder, name) for name in files
+                 if not name.startswith(".") and not name.endswith(".u8"))
         yield from (pathlib.Path(path) for path in paths if os.path.isfile(path) or not os.path.exists(path))
 
 

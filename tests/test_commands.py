@@ -497,6 +497,7 @@ def test_cifar10_without_a_network_names_the_three_ways_out(call, monkeypatch):
     (train, "--epochs 99999999999", "--epochs: 99999999999 is impossible"),
     (train, "--out a.pt --log a.pt", "--log a.pt: is the checkpoint"),
     (train, "--width 10", "--width 10: must be a multiple of 4"),
+    (train, "--data . --out ckpt.pt", "--out ckpt.pt: is inside --data"),
     (sample, "--out a.png", "arguments are required: --ckpt"),
     (sample, "--ckpt {ckpt} --out a.jpg", "must end in .png, .gif, .webp, .npz, or in / for a folder"),
     (sample, "--ckpt {ckpt} --out a.png --steps 21", "the checkpoint has T = 20 steps"),
@@ -538,6 +539,7 @@ def test_a_wrong_call_is_one_line_and_status_2(call, ckpt, tmp_path, module, fla
     (sample, "--ckpt nan.pt --out a.png --n 1", "not finite"),
     (sample, "--ckpt {ckpt} --out nowhere/a.png", "there is no folder nowhere"),
     (sample, "--ckpt {ckpt} --out full/", "the folder is not empty"),
+    (sample, "--ckpt {ckpt} --out .", "the folder is not empty"),
     (evaluate, "--ckpt {ckpt} --data nowhere", "the network wants the labels of glyphs"),
 ])  # fmt: skip
 def test_a_failing_world_is_one_line_and_status_1(call, ckpt, tmp_path, module, flags, words):
@@ -574,6 +576,28 @@ def test_resuming_on_other_images_is_refused(call, tmp_path):
     stripes(8, 8).save(tmp_path / "album" / "b.png")
     status, _, err = call(train, "--resume", "ckpt.pt", "--epochs", 9)
     assert status == 1 and "2 images, but 1 when this run began" in err
+    (tmp_path / "album" / "b.png").unlink()
+    Image.new("RGB", (8, 8)).save(tmp_path / "album" / "a.png")
+    status, _, err = call(train, "--resume", "ckpt.pt", "--epochs", 9)
+    assert status == 1 and "not the images, or not in the order" in err
+
+
+def test_a_folder_may_be_where_its_cache_is_too(album):
+    """The cache of its own images is not taken for one of them."""
+    count = len(train.load_folder(album, (8, 8), 3, album, False))
+    assert len(train.load_folder(album, (8, 8), 3, album, False)) == count
+
+
+@pytest.mark.parametrize("into", ["/dev/full", "a pipe that nobody reads"])
+def test_an_output_that_takes_no_more_is_one_line(ckpt, tmp_path, into):
+    """Also where Python buffers what is printed, and would find out at its very end."""
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"} | {"OMP_NUM_THREADS": "1"}
+    reader, pipe = os.pipe()
+    os.close(reader)
+    out = os.open(into, os.O_WRONLY) if into == "/dev/full" else pipe
+    command = [sys.executable, ROOT / "evaluate.py", "--ckpt", ckpt, "--n", "1"]
+    done = subprocess.run(command, env=env, stdout=out, stderr=subprocess.PIPE, text=True, timeout=100)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "evaluate.py: error: " in done.stderr
 
 
 def test_a_folder_of_samples_is_there_whole_or_not_at_all(call, ckpt, tmp_path, monkeypatch):

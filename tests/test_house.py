@@ -127,13 +127,24 @@ def test_another_file_is_judged_from_any_folder_by_the_names_of_its_equations(tm
     assert "beyond the specification, not judged: v_from_eps" in done.stdout
 
 
+def test_a_file_may_import_what_it_does_not_define(tmp_path, monkeypatch):
+    """Names that come from elsewhere count as there; sys.modules is put back."""
+    (tmp_path / "mine.py").write_text("from whole import *\n")
+    (tmp_path / "whole.py").write_text(SOURCE)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "ddpm", sys.modules["ddpm"])
+    module, beyond = conftest.load(tmp_path / "mine.py")
+    assert module.UNet.__module__ == "whole" and beyond == []
+
+
 @pytest.mark.parametrize("source, words", [
+    ("import sys; sys.exit('no')", "cannot be imported: SystemExit"),
     (SOURCE.replace("def normal_kl", "def kl"), "missing: normal_kl"),
     (SOURCE.replace("class UNet", "class Net"), "missing: UNet"),
     (SOURCE.replace("def p_mean", "def mean"), "missing: Diffusion.p_mean"),
     ("import nothing_of_this_name", "cannot be imported: ModuleNotFoundError"),
     ("def linear_schedule(:", "cannot be imported: SyntaxError"),
-], ids=["no function", "no class", "no method", "a failing import", "no Python"])  # fmt: skip
+], ids=["an exit", "no function", "no class", "no method", "a failing import", "no Python"])  # fmt: skip
 def test_a_file_that_cannot_be_judged_is_refused_in_one_line(tmp_path, source, words):
     """One message, not a cascade of failures."""
     (tmp_path / "mine.py").write_text(source)
