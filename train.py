@@ -4,7 +4,7 @@
     python train.py --data cifar10 --epochs 100          the paper's network and settings
     python train.py --data path/to/images --size 64      anyone's images
     python train.py --resume ckpt.pt                     goes on, bit for bit, where it stopped
-    torchrun --standalone --nproc-per-node 4 train.py --data cifar10    several GPUs: the same run
+    torchrun --standalone --nproc-per-node 4 -- train.py --data cifar10    several GPUs, the same batches
 """
 
 import concurrent.futures

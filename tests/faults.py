@@ -343,7 +343,7 @@ def one_process_dies(rng):
     flags = [*RUN[:-2], "--epochs", "400", "--device", "cpu", "--sample-every", "2"]
     torchrun = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         str(ROOT / "train.py"), *flags], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+         "--", str(ROOT / "train.py"), *flags], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
     for line in torchrun.stdout:
         if line.startswith("epoch 4"):
