@@ -5,7 +5,6 @@ import json
 import os
 import pathlib
 import pty
-import resource
 import shlex
 import signal
 import socket
@@ -588,16 +587,14 @@ def test_a_folder_may_be_where_its_cache_is_too(album):
     assert len(train.load_folder(album, (8, 8), 3, album, False)) == count
 
 
-@pytest.mark.parametrize("into", ["/dev/full", "a pipe that nobody reads"])
-def test_an_output_that_takes_no_more_is_one_line(ckpt, tmp_path, into):
+def test_an_output_that_takes_no_more_is_one_line(ckpt):
     """Also where Python buffers what is printed, and would find out at its very end."""
     env = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"} | {"OMP_NUM_THREADS": "1"}
-    reader, pipe = os.pipe()
-    os.close(reader)
-    out = os.open(into, os.O_WRONLY) if into == "/dev/full" else pipe
     command = [sys.executable, ROOT / "evaluate.py", "--ckpt", ckpt, "--n", "1"]
-    done = subprocess.run(command, env=env, stdout=out, stderr=subprocess.PIPE, text=True, timeout=100)
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "evaluate.py: error: " in done.stderr
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, env=env, stdout=full, stderr=subprocess.PIPE, text=True, timeout=100)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "evaluate.py: error: " in done.stderr and "No space left" in done.stderr
 
 
 def test_a_folder_of_samples_is_there_whole_or_not_at_all(call, ckpt, tmp_path, monkeypatch):
@@ -619,16 +616,6 @@ def test_resuming_another_run_or_a_finished_one_is_refused(call, ckpt, tmp_path,
     status, _, err = call(train, "--resume", "a.pt", *flags.split())
     assert status == 2 and words in err and err.count("\n") == 1
     assert (tmp_path / "a.pt").read_bytes() == ckpt.read_bytes()
-
-
-def test_a_full_disk_leaves_the_old_checkpoint_as_it_was(tmp_path):
-    """Files may not grow beyond 20 kB here: one line, status 1, no partial file."""
-    (tmp_path / "ckpt.pt").write_text("the old one")
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # noqa: E731
-    status, _, err = run("train.py", *TINY, "--epochs", 1, cwd=tmp_path, preexec_fn=limit)
-    assert status == 1 and "Traceback" not in err and err.count("error:") == 1, err
-    assert (tmp_path / "ckpt.pt").read_text() == "the old one"
-    assert [p.name for p in tmp_path.iterdir()] == ["ckpt.pt"]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_touches_nothing(call, tmp_path):
