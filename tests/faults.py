@@ -33,6 +33,7 @@ import zipfile
 import zlib
 from dataclasses import dataclass, fields
 
+from judge import equal
 from mutants import ROOT, in_parallel
 
 sys.path.insert(0, str(ROOT))
@@ -114,15 +115,6 @@ def wait(process):
         texts.append(file.read())
         file.close()
     return Done(status, *texts)
-
-
-def equal(a, b):
-    """Two checkpoints agree in every number, bit for bit."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    return all(map(equal, a, b)) if isinstance(a, (list, tuple)) else a == b
 
 
 def resumes_exactly():

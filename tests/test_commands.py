@@ -16,7 +16,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from judge import close
+from judge import close, equal
 from PIL import Image
 
 import evaluate
@@ -167,15 +167,6 @@ def test_ema_is_the_closed_form_with_the_ramp(call):
     torch.manual_seed(train.mixed(0, 0))
     first = train.ddpm.UNet(**saved["network"]).conv_in.weight.detach().numpy()
     close("EMA", saved["ema"]["conv_in.weight"], ref.ema([first, *history], 0.3), 1e-5, 1.0)
-
-
-def equal(a, b):
-    """Two checkpoints agree in every number, bit for bit."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    return all(map(equal, a, b)) if isinstance(a, (list, tuple)) else a == b
 
 
 def test_the_loss_that_is_shown_is_the_mean_since_the_last_one(call, monkeypatch):
