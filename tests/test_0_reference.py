@@ -422,10 +422,15 @@ def test_ddim_reference_with_eta_1_and_every_step_is_algorithm_2(case):
     close("(mean, var)", got, ref.ancestral_moments(beta, beta_tilde, M, S2), tol, 1)
 
 
+def variances_of(sampler):
+    """sigma_t^2 on TEN, by the name of the table."""
+    return TEN if sampler == "beta" else tables(TEN)[2]
+
+
 def steps_of(sampler):
     """The steps of a sampler on TEN, for the reference: Algorithm 2 by variance, or DDIM by eta."""
     if sampler in ("beta", "beta_tilde"):
-        return ref.ancestral_steps(TEN, TEN if sampler == "beta" else tables(TEN)[2])
+        return ref.ancestral_steps(TEN, variances_of(sampler))
     return ref.ddim_steps(TEN, [2, 5, 10], sampler)
 
 
@@ -437,7 +442,7 @@ def test_reference_law_of_a_mixture_of_one_is_the_gaussian_of_the_moments(sample
     """The cells are 1/64 wide: their middles add a variance of (1/64)^2 / 12 a step, or 2e-4."""
     x, F = ref.mixture_law(TEN, steps_of(sampler), *GAUSSIAN)
     if sampler in ("beta", "beta_tilde"):
-        mean, var = ref.ancestral_moments(TEN, TEN if sampler == "beta" else tables(TEN)[2], M, S2)
+        mean, var = ref.ancestral_moments(TEN, variances_of(sampler), M, S2)
     else:
         mean, var = ref.ddim_moments(TEN, [2, 5, 10], sampler, M, S2)
     close("F", F, stats.norm.cdf(x, mean, np.sqrt(var)), 1e-3, 1)
@@ -447,8 +452,7 @@ def test_reference_law_of_a_mixture_of_one_is_the_gaussian_of_the_moments(sample
 def test_reference_law_of_a_mixture_agrees_with_a_simulation(sampler):
     """Two unequal components, which the sampler must part in the right shares."""
     if sampler in ("beta", "beta_tilde"):
-        sigma2 = TEN if sampler == "beta" else tables(TEN)[2]
-        samples = simulate_algorithm2(TEN, sigma2, data=MIXTURE)
+        samples = simulate_algorithm2(TEN, variances_of(sampler), data=MIXTURE)
     else:
         samples = simulate_ddim(TEN, [10, 5, 2, 0], sampler, data=MIXTURE)
     has_law("x_0", samples, *ref.mixture_law(TEN, steps_of(sampler), *MIXTURE))
