@@ -648,6 +648,7 @@ def wrong_call(rng):
 
         def fault():
             train.CIFAR10_URL = "http://127.0.0.1:9/nothing"
+            torch._dynamo.config.disable = True  # --compile takes minutes, the first time on a machine
 
         done = command(module, *flags, fault=fault, memory=6 << 30, seconds=100)
         assert done.status in (0, 1, 2), (call, done)
