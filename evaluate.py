@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 import ddpm
+import improved
 import sample
 import train
 from sample import MISSING, Failure, Progress, UsageError, flag
@@ -44,7 +45,8 @@ def main(cfg, given):
             progress(first * d.T + B * int(t[0]), f"image {first + B} of {N}")
             return net(xt, t, y)
 
-        rows.append(ddpm.bound_terms(model, d, x0, [d.beta, d.beta_tilde], generator=generators))
+        bound = improved.bound_terms if sample.learned(ckpt) else ddpm.bound_terms
+        rows.append(bound(model, d, x0, [d.beta, d.beta_tilde], generator=generators))
     progress.close()
     if not all(row.isfinite().all() for row in rows):
         raise Failure(f"{cfg.ckpt}: the network's output is not finite; its training diverged")
@@ -57,22 +59,23 @@ def held_out(cfg, ckpt):
         saved = train.settings_of(ckpt)
     data = cfg.data or saved["data"]
     data = os.path.abspath(data) if train.kind(data) == "folder" else data
-    if ckpt["classes"] and data != saved["data"]:
-        raise Failure(f"--data {data}: the network wants the labels of {saved['data']}")
     C, H, W = ckpt["shape"]
     settings = replace(train.Config(**saved), data=data, data_dir=cfg.data_dir, limit=cfg.n, size=f"{H}x{W}",
                        channels=C, skip_broken=cfg.skip_broken)
-    images, labels, _ = train.load_data(settings, train=False)
+    images, labels, classes = train.load_data(settings, train=False)
+    if unknown := sorted(set(classes) - set(ckpt["classes"])):
+        raise Failure(f"--data {data}: the network knows no class {unknown[0]}, but those of {saved['data']}")
     if tuple(images.shape[1:]) != (C, H, W):
         raise UsageError(f"--data {data}: images of {tuple(images.shape[1:])}, but a network for {(C, H, W)}")
-    labels = labels if ckpt["classes"] else None
+    if labels is not None:
+        labels = torch.tensor([ckpt["classes"].index(name) for name in classes])[labels]
     same = train.kind(data) == "folder" and data == saved["data"]
     what = "images it was trained on" if same else f"held-out images of {data}"
     return images, labels, what
 
 
 def report(terms, title):
-    """Prints the bound and its parts, mean and standard error over the images; terms (2, N, T + 1)."""
+    """Prints the bound and its parts, mean and standard error over the images; terms (2 or 3, N, T + 1)."""
     T = terms.shape[2] - 1
     parts = {
         "L_T                 prior": terms[:, :, T],
@@ -81,7 +84,8 @@ def report(terms, title):
         "bound on -log2 p(x0)": terms.sum(2),
     }
     print(f"{title}; bits/dim")
-    print(f"{'':32}{'sigma^2 = beta':>22}{'sigma^2 = beta_tilde':>22}")
+    heads = ["sigma^2 = beta", "sigma^2 = beta_tilde", "sigma^2 learned"][: len(terms)]
+    print(f"{'':32}" + "".join(f"{head:>22}" for head in heads))
     for name, values in parts.items():
         n = values.shape[1]
         cells = (f"{row.mean():.5f}" + (f" ± {row.std() / n**0.5:.5f}" if n > 1 else "") for row in values)

@@ -12,6 +12,8 @@ DDIM           ddim_step                                                    DDIM
 exact models   eps_*, loss_minimum_*: of a gaussian and of a mixture        eq. 14
 samplers       ancestral_*, ddim_*: their steps and moments; mixture_law    Algorithm 2
 bound          gaussian_kl, decoder_log_prob, bound_terms_discrete          eq. 5, 13
+improved       strided_beta, learned_variance, learned_slope, *_gaussian, guided_eps
+                                                              iDDPM eq. 15, 16, 19, CFG eq. 6
 network        timestep_embedding ... unet, unet_parameter_count            appendix B
 training       ema                                                          appendix B
 """
@@ -356,6 +358,94 @@ def bound_terms_discrete(beta, sigma2, decoder_var, levels, weights):
 def entropy_bits(weights):
     """Entropy in bits of the distribution weights (n,): no bound on -log2 p(x_0) is below it."""
     return entr(weights).sum() / np.log(2)
+
+
+# ---------------------------------------------------------------------------- improved.py
+
+
+def strided_beta(beta, grid):
+    """beta[0..n], (n+1,), of the chain that visits x_0 and the steps t_1 < .. < t_n of the grid only.
+
+    A jump from t_{i-1} to t_i is the transition of the steps between; its variance is the new beta
+    (and its factor the root of 1 - that, for both come from the same steps).
+    """
+    jumps = zip([0, *grid[:-1]], grid, strict=True)
+    return np.array([0.0, *(transition(beta, s, t)[1] for s, t in jumps)])
+
+
+def variance_ends(beta, t):
+    """(low, high): the variances of p(x_{t-1} | x_t) if x_0 is known, and if it is pure noise.
+
+    They are beta_tilde_t and beta_t. x_0 has no variance left at t = 1; the value of t = 2 stands
+    for it, or, if there is no second step, beta_1 itself.
+    """
+    if len(beta) == 2:
+        return beta[1], beta[1]
+    return posterior(beta, max(t, 2))[2], beta[t]
+
+
+def learned_variance(beta, t, v):
+    """sigma_t^2 of iDDPM eq. 15: a straight line in log sigma^2 is a geometric one in sigma^2.
+
+    It begins at low, v = 0, and is multiplied by high / low from there to v = 1.
+    """
+    low, high = variance_ends(beta, t)
+    return low * (high / low) ** np.asarray(v, np.float64)
+
+
+def learned_slope(beta, t, gap, v):
+    """d/dv of KL(N(mu_tilde, beta_tilde_t) || N(mu, sigma^2(v))) in nats, gap = mu_tilde - mu, t > 1.
+
+    By the chain rule over u = log sigma^2, which has the slope log(high / low): the divergence is
+    (u + (beta_tilde + gap^2) e^-u) / 2 and a constant. The slope is 0 where sigma^2 is
+    beta_tilde + gap^2.
+    """
+    low, high = variance_ends(beta, t)
+    return np.log(high / low) / 2 * (1 - (low + gap**2) / learned_variance(beta, t, v))
+
+
+def exact_variance_gaussian(beta, t, s2):
+    """Var(x_{t-1} | x_t) for scalar data of variance s2: what an ideal model's sigma_t^2 is.
+
+    x_{t-1} has variance A = a^2 s2 + v, x_t = k x_{t-1} + N(0, w): the precisions 1 / A and k^2 / w
+    add up. It grows with s2, from beta_tilde_t (s2 = 0) to beta_t (s2 = 1) and beyond.
+    """
+    a, v = transition(beta, 0, t - 1)
+    k, w = transition(beta, t - 1, t)
+    A = a**2 * s2 + v
+    return A * w / (w + k**2 * A)
+
+
+def kl_term_gaussian(beta, t, s2, sigma2):
+    """Expected L_{t-1}, t > 1, in nats, of the exact eps of data of variance s2, for any sigma^2.
+
+    mu_theta is E[x_{t-1} | x_t], so the mean square of mu_tilde - mu_theta is what the law of total
+    variance leaves: Var(x_{t-1} | x_t) - beta_tilde_t. The sum in gaussian_kl is linear in it.
+    """
+    low, total = posterior(beta, t)[2], exact_variance_gaussian(beta, t, s2)
+    return gaussian_kl(0.0, total, 0.0, sigma2) + np.log(total / low) / 2
+
+
+def log_density(beta, t, x, weights, means, variances):
+    """log of the density of x_t, for x_0 from the mixture of eps_mixture; x any shape, complex too."""
+    a, v = transition(beta, 0, t)
+    total, off = a**2 * np.asarray(variances) + v, x[..., None] - a * np.asarray(means)
+    terms = np.log(weights) - (np.log(2 * np.pi * total) + off**2 / total) / 2
+    top = terms.real.max(axis=-1, keepdims=True)
+    return top[..., 0] + np.log(np.exp(terms - top).sum(axis=-1))
+
+
+def guided_eps(beta, t, x, w, one, everyone):
+    """eps of CFG eq. 6, as the score of p(x_t | y)^(1 + w) p(x_t)^-w times -sqrt(v); shape of x.
+
+    one and everyone are the mixtures (weights, means, variances) of a class and of all the data.
+    The logarithm's derivative is taken by a complex step: d f / dx = Im f(x + ih) / h, h = 1e-30,
+    in which nothing cancels.
+    """
+    h, (_, v) = 1e-30, transition(beta, 0, t)
+    z = np.asarray(x, np.float64) + 1j * h
+    log_p = (1 + w) * log_density(beta, t, z, *one) - w * log_density(beta, t, z, *everyone)
+    return -np.sqrt(v) * log_p.imag / h
 
 
 # ---------------------------------------------------------------------------- network layers

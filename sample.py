@@ -1,6 +1,7 @@
 """From a checkpoint to pictures: a grid, an animation of the reverse process, an .npz, or a folder.
 
     python sample.py --ckpt ckpt.pt --out grid.png
+    python sample.py --ckpt ckpt.pt --out grid.png --label cat,dog --guidance 1.5 --steps 100
 
 The first half is sampling; the second, what all three commands share: flags, files, progress.
 """
@@ -10,6 +11,7 @@ import contextlib
 import difflib
 import glob
 import hashlib
+import itertools
 import math
 import os
 import pathlib
@@ -28,6 +30,7 @@ import torch
 from PIL import Image
 
 import ddpm
+import improved
 
 
 def flag(default, text, *, choices=None, low=None, high=None):
@@ -42,14 +45,20 @@ class Config:
     out: str = flag(
         MISSING, "X.png: a grid; X.gif or X.webp: the reverse process, animated; X.npz: uint8 "
         "(N, H, W, C) as arr_0, labels as arr_1; X/: a folder of PNGs")
-    n: int | None = flag(None, "number of images (default: about 64, in full rows)", low=1)
+    n: int | None = flag(None, "number of images (default: 64, or up to 8 of each class)", low=1)
     steps: int | None = flag(
-        None, "all T: ancestral sampling (the default); fewer: DDIM on an even grid", low=1)
+        None, "all T: ancestral sampling (the default); fewer: DDIM on an even grid, or, with "
+        "--variance, ancestral sampling there", low=1)
     eta: float | None = flag(
         None, "noise of DDIM, from 0 (none, its default) to 1; given, DDIM is used", low=0, high=1)
     variance: str | None = flag(
-        None, "sigma^2 of ancestral sampling (default: beta)", choices=("beta", "beta_tilde"))
-    label: str | None = flag(None, "class of all images, by name (default: each class in turn)")
+        None, "sigma^2 of ancestral sampling, on any number of steps (default: learned, at any number, "
+        "if the network has learned it; else beta)", choices=("beta", "beta_tilde", "learned"))
+    label: str | None = flag(
+        None, "classes by name, such as 7 or cat,dog; all: every one (the default); a grid has one a row")
+    guidance: float | None = flag(
+        None, "w of classifier-free guidance, eps = (1 + w) eps(x, y) - w eps(x): 0 is the class alone "
+        "(the default), -1 no class; others call 1 + w the scale", low=-1, high=100)
     seed: int = flag(0, "image i is drawn from seed + i, at any batch size", low=0, high=2**31)
     batch_size: int = flag(256, "images drawn at a time", low=1)
     weights: str = flag("ema", "moving average or last weights", choices=("ema", "raw"))
@@ -64,35 +73,40 @@ def main(cfg, given):
     kind = pathlib.Path(cfg.out).suffix.lower()
     ckpt, net, d = load_model(cfg.ckpt, cfg.weights, device)
     steps = d.T if cfg.steps is None else cfg.steps
-    implicit = cfg.eta is not None or steps < d.T
     if steps > d.T:
         raise UsageError(f"--steps {steps}: the checkpoint has T = {d.T} steps; ask for 1 to {d.T}")
-    if implicit and cfg.variance:
-        raise UsageError("--variance is for all T steps; DDIM, with --steps or --eta, takes --eta")
+    if cfg.variance and cfg.eta is not None:
+        raise UsageError("--eta is DDIM's and --variance ancestral sampling's; give one of them")
+    if cfg.variance == "learned" and not learned(ckpt):
+        raise UsageError("--variance learned: this network has learned none (train.py --variance learned)")
+    variance = cfg.variance or ("learned" if learned(ckpt) else "beta")
+    implicit = cfg.eta is not None or (steps < d.T and not cfg.variance and not learned(ckpt))
+    eta = (cfg.eta or 0.0) if implicit else None
     classes, (_, H, W) = ckpt["classes"], ckpt["shape"]
-    labels = class_labels(cfg, classes)
+    if cfg.guidance is not None and not classes:
+        raise UsageError(f"--guidance {cfg.guidance:g}: it knows no classes (train.py --labels)")
+    labels, rows = class_labels(classes, cfg.label, cfg.n)
     n = len(labels)
-    columns = len(classes) if classes and cfg.label is None else round(n**0.5)
     (tall, wide), limit = cell(H, W)[0], {".webp": 16_000, ".gif": 65_000}.get(kind)
-    if limit and max(-(-n // columns) * tall, columns * wide) > limit:
+    if limit and max(-(-n // rows) * wide, rows * tall) > limit:
         raise UsageError(f"--n {n}: too many for one {kind} picture; ask for fewer, or for a .png")
     frames, progress, done = [], Progress("sampling", steps * n, "image-steps"), 0
 
     images = []
     for first in range(0, n, cfg.batch_size):
         y = labels[first : first + cfg.batch_size]
-        film = []
+        film, left = [], itertools.count(steps - 1, -1)
 
-        def on_step(s, xs, film=film, first=first):
+        def on_step(s, xs, film=film, left=left, first=first):
             nonlocal done
             done += len(xs)
             progress(done, f"image {first + len(xs)} of {n}")
-            if limit and (s % max(1, d.T // 48) == 0 or steps <= 50):
+            if next(left) % max(1, steps // 48) == 0 and limit:
                 film.append(to_uint8(xs))
 
         seeds = range(cfg.seed + first, cfg.seed + first + len(y))
-        x0 = sample(net, d, ckpt["shape"], seeds, y if classes else None,
-                    steps if implicit else None, cfg.eta or 0.0, cfg.variance, on_step)
+        x0 = sample(net, d, ckpt["shape"], seeds, y if classes else None, steps, eta, variance,
+                    cfg.guidance or 0.0, on_step)
         if not x0.isfinite().all():
             raise Failure(f"{cfg.ckpt}: the network's output is not finite; its training diverged")
         images.append(to_uint8(x0))
@@ -100,38 +114,49 @@ def main(cfg, given):
     progress.close()
     images = np.concatenate(images)
     film = [np.concatenate(parts) for parts in zip(*frames, strict=True)]
-    write(images, labels if classes else None, columns, film)
-    how = f"DDIM, {steps} steps, eta {cfg.eta or 0:g}" if implicit else (
-        f"ancestral, {d.T} steps, sigma^2 = {cfg.variance or 'beta'}")
+    write(images, labels if classes else None, rows, film)
+    how = f"DDIM, {steps} steps, eta {eta:g}" if implicit else (
+        f"ancestral, {steps} steps, sigma^2 {'=' if variance != 'learned' else 'is'} {variance}")
+    how += f", w = {cfg.guidance:g}" if cfg.guidance else ""
     print(f"{cfg.out}: {n} images of {H}x{W}, {how}, {cfg.weights} weights at step {ckpt['step']}")
 
 
-def sample(net, d, shape, seeds, labels=None, steps=None, eta=0.0, variance=None, on_step=None):
-    """One image (C, H, W) per seed: x0 (N, C, H, W). steps=None: Algorithm 2, all T; else DDIM."""
-    device = next(net.parameters()).device
-    y = None if labels is None else torch.as_tensor(np.asarray(labels), device=device).long()
+def sample(net, d, shape, seeds, labels=None, steps=None, eta=None, variance="beta", guidance=0.0,
+           on_step=None):  # fmt: skip
+    """One image (C, H, W) per seed: x0 (N, C, H, W), by DDIM, or, with eta=None, by Algorithm 2.
+
+    It takes so many even `steps`, or all T. With labels, their classes, guided by w = `guidance`.
+    """
+    device, model = next(net.parameters()).device, net
+    if labels is not None:
+        y = torch.as_tensor(np.asarray(labels), device=device).long()
+        model = improved.guided(net, y, net.num_classes, guidance)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     xT = ddpm.noise_like(torch.empty(len(seeds), *shape, device=device), generators)
+    grid, how = ddpm.ddim_grid(d.T, steps or d.T), dict(generator=generators, on_step=on_step)
+    if eta is None and len(grid) < d.T:
+        model, d = improved.strided(model, d, grid)
+    if eta is None and variance == "learned":
+        return improved.sample_ancestral(model, d, xT, **how)
+    if net.conv_out.out_channels > shape[0]:
+        model = improved.eps_only(model)
+    if eta is None:
+        return ddpm.sample_ancestral(model, d, xT, getattr(d, variance), **how)
+    return ddpm.sample_ddim(model, d, xT, grid, eta, **how)
 
-    def model(xt, t):
-        return net(xt, t, y)
 
-    if steps is None:
-        sigma2 = d.beta_tilde if variance == "beta_tilde" else d.beta
-        return ddpm.sample_ancestral(model, d, xT, sigma2, generator=generators, on_step=on_step)
-    grid = ddpm.ddim_grid(d.T, steps)
-    return ddpm.sample_ddim(model, d, xT, grid, eta, generator=generators, on_step=on_step)
-
-
-def class_labels(cfg, classes):
-    """The label of each image to draw: the named class, or each class in turn, in full rows."""
-    if cfg.label is not None:
-        if cfg.label not in classes:
-            known = f"its classes are {' '.join(classes)}" if classes else "it knows no classes"
-            raise UsageError(f"--label {cfg.label}: not a class of this checkpoint; {known}")
-        return np.full(cfg.n or 64, classes.index(cfg.label))
-    row = len(classes) or 8
-    return np.arange(cfg.n or max(1, round(64 / row)) * row) % row
+def class_labels(classes, label=None, n=None):
+    """The labels of n images, the chosen classes in turn, and the rows of their grid: one a class."""
+    chosen = list(classes) if label in (None, "all") else [label]
+    if label is not None and not (classes and set(chosen) <= set(classes)):
+        chosen = [name.strip() for name in label.split(",")]
+    for name in chosen:
+        if name not in classes:
+            known = f"its classes are {', '.join(classes)}" if classes else "it knows no classes"
+            raise UsageError(f"--label {name}: not a class of this checkpoint; {known}")
+    numbers, K = [classes.index(name) for name in chosen] or [0], max(1, len(chosen))
+    n = n or (64 if K == 1 else K * max(1, min(8, 128 // K)))
+    return np.resize(numbers, n), round(n**0.5) if K == 1 else min(n, K)
 
 
 def to_uint8(x):
@@ -140,14 +165,14 @@ def to_uint8(x):
     return x.permute(0, 2, 3, 1).cpu().numpy()
 
 
-def grid(images, columns, gap=2):
-    """uint8 (N, H, W, C) -> one picture, row by row; small images are enlarged by whole factors."""
+def grid(images, rows, gap=2):
+    """uint8 (N, H, W, C) -> one picture, column by column; small images are enlarged, by whole factors."""
     n, H, W, C = images.shape
     (H, W), scale = cell(H, W, gap)
     images = images.repeat(scale, axis=1).repeat(scale, axis=2)
-    sheet = np.full((-(-n // columns) * H + gap, columns * W + gap, C), 255, np.uint8)
+    sheet = np.full((rows * H + gap, -(-n // rows) * W + gap, C), 255, np.uint8)
     for i, image in enumerate(images):
-        top, left = gap + i // columns * H, gap + i % columns * W
+        top, left = gap + i % rows * H, gap + i // rows * W
         sheet[top : top + H - gap, left : left + W - gap] = image
     return to_picture(sheet)
 
@@ -163,14 +188,14 @@ def to_picture(image):
 
 
 def writer(out, folder):
-    """A function (images, labels, columns, film) that writes `out`; refuses at once what cannot be."""
+    """A function (images, labels, rows, film) that writes `out`; refuses at once what cannot be."""
     kinds = ".png .gif .webp .npz".split()
     if folder or out.is_dir():
         if out.is_dir() and (any(out.iterdir()) or out.is_mount() or out == pathlib.Path.cwd()):
             raise Failure(f"--out {out}: the folder is not empty, or in use; name a new one")
         writable(out.with_name("new"))
 
-        def write(images, labels, columns, film):
+        def write(images, labels, rows, film):
             partial = partial_name(out)
             partial.mkdir()
             try:
@@ -186,14 +211,14 @@ def writer(out, folder):
         raise UsageError(f"--out {out}: must end in {', '.join(kinds)}, or in / for a folder")
     writable(out)
 
-    def write(images, labels, columns, film):
+    def write(images, labels, rows, film):
         with replacing(out) as file:
             if kind == ".npz":
                 np.savez(file, images, **({} if labels is None else {"arr_1": labels}))
             elif kind == ".png":
-                grid(images, columns).save(file, "PNG")
+                grid(images, rows).save(file, "PNG")
             else:
-                pictures = [grid(frame, columns) for frame in film]
+                pictures = [grid(frame, rows) for frame in film]
                 pictures[0].save(file, kind[1:].upper(), save_all=True, loop=0,
                                  append_images=pictures[1:],
                                  duration=[60] * (len(pictures) - 1) + [2000])
@@ -253,8 +278,14 @@ def load_checkpoint(path):
         assert len(ckpt["classes"]) == (ckpt["network"]["num_classes"] or 0)
         (C, H, W), factor = ckpt["shape"], 2 ** (len(ckpt["network"]["mult"]) - 1)
         assert C == ckpt["network"]["in_channels"] and ckpt["step"] > 0
+        assert ckpt["network"]["out_channels"] in (C, 2 * C)
         assert H > 0 and W > 0 and H % factor == W % factor == 0
     return ckpt
+
+
+def learned(ckpt):
+    """Whether its network says the variances too (improved.py)."""
+    return ckpt["network"]["out_channels"] > ckpt["shape"][0]
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
     python train.py --epochs 5                           glyphs: nothing to download, no GPU needed
     python train.py --data cifar10 --epochs 100          the paper's network and settings
-    python train.py --data path/to/images --size 64      anyone's images
+    python train.py --data path/to/images --size 64      anyone's images; --labels: its subfolders are classes
     python train.py --resume ckpt.pt                     goes on, bit for bit, where it stopped
     torchrun --standalone --nproc-per-node 4 -- train.py --data cifar10    several GPUs, the same batches
 """
@@ -35,15 +35,16 @@ import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 import ddpm
+import improved
 import sample
 from sample import Failure, Progress, UsageError, duration, flag, printable, replacing
 
 # What suits each kind of data: the paper's settings (App. B), and a small network's for the glyphs.
 PAPER = dict(batch_size=128, lr=2e-4, warmup=5000, decay="none", ema=0.9999, dropout=0.1,
-             flip="yes", schedule="linear", width=128)
+             flip="yes", schedule="linear", width=128, labels=False)
 RECIPES = {
     "glyphs": dict(batch_size=32, lr=4e-3, warmup=20, decay="cosine", ema=0.999, dropout=0.0,
-                   flip="no", schedule="cosine", width=24),
+                   flip="no", schedule="cosine", width=24, labels=True),
     "cifar10": PAPER,
     "folder": PAPER,
 }
@@ -64,6 +65,8 @@ class Config:
     channels: int | None = flag(None, "of a folder's images: 3 colour, 1 grey (default: 3)",
                                 choices=(1, 3))
     skip_broken: bool = flag(False, "leave out a folder's files that are no images")
+    labels: bool | None = flag(None, "learn classes too: cifar10's, or a folder's subfolders; a tenth of the "
+                                     "labels are dropped, for sample.py --guidance (glyphs: always)")
     limit: int | None = flag(None, "train on the first so many images only", low=1)
     epochs: int = flag(100, "passes over the data, in all", low=1)
     batch_size: int | None = own("batch_size", "images a step, over all processes", low=1)
@@ -75,6 +78,8 @@ class Config:
     dropout: float | None = own("dropout", "in the residual blocks", low=0, high=0.999)
     flip: str | None = own("flip", "mirror images at random", choices=("yes", "no"))
     schedule: str | None = own("schedule", "of the noise", choices=tuple(sample.SCHEDULES))
+    variance: str = flag("fixed", "learned: the network learns sigma^2 too (improved.py)",
+                         choices=("fixed", "learned"))
     timesteps: int = flag(1000, "T, the steps of the diffusion", low=1, high=10**6)
     width: int | None = own("width", "channels at full resolution", low=4, high=8192)
     seed: int = flag(0, "of the weights and of all that is drawn", low=0, high=2**31)
@@ -129,7 +134,9 @@ def main(cfg, given):
 
     torch.manual_seed(mixed(cfg.seed, 0))
     network = saved["network"] if saved else network_for(cfg, shape, len(classes))
-    images_print = fingerprint(images)
+    images_print = fingerprint(images, labels)
+    if saved and saved["classes"] != classes:
+        raise Failure(f"{cfg.data}: its classes are not those with which this run began")
     if saved and saved["images"] != N:
         raise Failure(f"{cfg.data}: {N:,} images, but {saved['images']:,} when this run began")
     if saved and saved["fingerprint"] != images_print:
@@ -158,7 +165,7 @@ def main(cfg, given):
     if world > 1:
         model = torch.nn.parallel.DistributedDataParallel(model)
     if device.type == "cuda" and images.nbytes < 0.25 * torch.cuda.mem_get_info(device)[0]:
-        images, labels = images.to(device), labels if labels is None else labels.to(device)
+        images = images.to(device)
     if rank == 0:
         describe(cfg, shape, N, classes, params, d, device, bf16, step, steps)
 
@@ -166,9 +173,11 @@ def main(cfg, given):
         """x0, labels, t and eps of a step: functions of seed and step alone, whatever the world."""
         torch.manual_seed(mixed(cfg.seed, 1, step))
         mine = slice(rank * B // world, (rank + 1) * B // world)
-        i = places(step, B, N, cfg.seed)[mine].to(images.device, non_blocking=True)
-        x0 = images[i].to(device, non_blocking=True).float() / 127.5 - 1
-        y = None if labels is None else labels[i].to(device, non_blocking=True)
+        i, y = places(step, B, N, cfg.seed), None
+        x0 = images[i[mine].to(images.device, non_blocking=True)].to(device, non_blocking=True)
+        x0 = x0.float() / 127.5 - 1
+        if labels is not None:
+            y = improved.drop_labels(labels[i], len(classes))[mine].to(device, non_blocking=True)
         if cfg.flip == "yes":
             mirror = (torch.rand(B) < 0.5)[mine].to(device, non_blocking=True)
             x0 = torch.where(mirror[:, None, None, None], x0.flip(3), x0)
@@ -196,13 +205,13 @@ def main(cfg, given):
 
     def draw_grid(epoch):
         if rank == 0:
-            y = sample.class_labels(sample.Config("", ""), classes)
+            y, rows = sample.class_labels(classes)
             parts = [slice(i, i + B) for i in range(0, len(y), B)]  # no more at a time than training takes
             x0 = torch.cat([sample.sample(ema, d, shape, range(len(y))[part], y[part] if classes else None,
                                           min(50, d.T), eta=1.0) for part in parts])  # fmt: skip
             path = pathlib.Path(cfg.out).with_suffix(f".{epoch:04d}.png")
             with replacing(path) as file:
-                sample.grid(sample.to_uint8(x0), len(classes) or 8).save(file, "PNG")
+                sample.grid(sample.to_uint8(x0), rows).save(file, "PNG")
 
     stop = []
     for signum in (signal.SIGINT, signal.SIGTERM):
@@ -212,12 +221,13 @@ def main(cfg, given):
     losses, since = torch.zeros(2, device=device), (step, time.monotonic())
     seen, saved_at, epoch_began = torch.zeros(2), time.monotonic(), time.monotonic()
     first_bad = torch.zeros(3, device=device)  # step, loss and gradient's norm, where one is not finite
+    objective = improved.loss_hybrid if cfg.variance == "learned" else ddpm.loss_simple
     model.train()
     while step < steps:
         lr, x0_y_t_eps = rate(cfg, step, steps), batch(step)
         step += 1
         decay = min(cfg.ema, (1 + step) / (10 + step))
-        loss, norm = update(model, d, x0_y_t_eps, optimizer, lr, ema, decay, bf16)
+        loss, norm = update(model, d, x0_y_t_eps, optimizer, lr, ema, decay, bf16, objective)
         losses += torch.stack([loss, torch.ones_like(loss)])
         state = torch.stack([torch.full_like(norm, step), loss, norm])
         first_bad = torch.where((first_bad[0] == 0) & ~state.isfinite().all(), state, first_bad)
@@ -268,12 +278,12 @@ def main(cfg, given):
         dist.destroy_process_group()
 
 
-def update(model, d, batch, optimizer, lr, ema, decay, bf16=False):
+def update(model, d, batch, optimizer, lr, ema, decay, bf16=False, objective=ddpm.loss_simple):
     """One step of training, Algorithm 1, that never waits for the device: (loss, norm of its gradient)."""
     x0, y, t, eps = batch
     params = optimizer.param_groups[0]["params"]
     with torch.autocast(x0.device.type, torch.bfloat16, enabled=bf16):
-        loss = ddpm.loss_simple(lambda xt, t: model(xt, t, y), d, x0, t, eps)
+        loss = objective(lambda xt, t: model(xt, t, y), d, x0, t, eps)
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(params, 1.0)
     optimizer.param_groups[0]["lr"] = lr
@@ -319,8 +329,8 @@ def resumed(cfg, given, saved):
     """The saved run's settings, changed by the flags given now, where a run can change."""
     if kind(cfg.data) == "folder":
         cfg = replace(cfg, data=os.path.abspath(cfg.data))
-    for name in ("data", "size", "channels", "limit", "seed", "batch_size", "schedule", "timesteps",
-                 "width", "dropout"):
+    for name in ("data", "size", "channels", "labels", "limit", "seed", "batch_size", "schedule",
+                 "variance", "timesteps", "width", "dropout"):
         if name in given and getattr(cfg, name) != saved["config"][name]:
             raise UsageError(f"--{name.replace('_', '-')} {getattr(cfg, name)}: the run to resume has "
                              f"{saved['config'][name]}, and cannot change it")
@@ -355,8 +365,9 @@ def network_for(cfg, shape, classes):
         raise UsageError(f"--width {cfg.width}: must be a multiple of 4")
     sixteen = min(len(mult) - 1, max(0, math.ceil(math.log2(side / 16))))  # the level of 16x16
     attention = (1,) if cfg.data == "glyphs" else (sixteen,)
-    return dict(in_channels=C, ch=cfg.width, mult=mult, blocks=blocks, attention=attention,
-                dropout=cfg.dropout, groups=math.gcd(32, cfg.width), num_classes=classes or None)
+    return dict(in_channels=C, out_channels=2 * C if cfg.variance == "learned" else C, ch=cfg.width,
+                mult=mult, blocks=blocks, attention=attention, dropout=cfg.dropout,
+                groups=math.gcd(32, cfg.width), num_classes=classes or None)
 
 
 def rate(cfg, step, steps):
@@ -370,7 +381,7 @@ def describe(cfg, shape, N, classes, params, d, device, bf16, step, steps):
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     print(f"{cfg.data}: {N:,} images, {H}x{W}x{C}" + (f", {len(classes)} classes" if classes else ""))
     print(f"UNet with {sum(p.numel() for p in params):,} parameters on {name}, "
-          f"{'bf16' if bf16 else 'fp32'}; {cfg.schedule} schedule, T = {d.T}")
+          f"{'bf16' if bf16 else 'fp32'}; {cfg.schedule} schedule, T = {d.T}, variance {cfg.variance}")
     print(f"batch {cfg.batch_size}, lr {cfg.lr:g}, warm-up {cfg.warmup}, decay {cfg.decay}, "
           f"ema {cfg.ema:g}, dropout {cfg.dropout:g}, flip {cfg.flip}, seed {cfg.seed}")
     print(f"{cfg.epochs} epochs, {steps:,} steps" + (f", from step {step:,}" if step else ""), flush=True)
@@ -390,17 +401,26 @@ def load_data(cfg, train):
         images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
         return images, torch.from_numpy(labels).long(), list(GLYPHS)
     if cfg.data == "cifar10":
-        return torch.from_numpy(load_cifar10(cfg.data_dir, train))[: cfg.limit], None, []
-    images = load_folder(cfg.data, parse_size(cfg.size), cfg.channels, cfg.data_dir, cfg.skip_broken)
-    return torch.from_numpy(images)[: cfg.limit], None, []
+        images, labels = load_cifar10(cfg.data_dir, train)
+        classes = CIFAR10_CLASSES
+    else:
+        images, files = load_folder(cfg.data, parse_size(cfg.size), cfg.channels, cfg.data_dir,
+                                    cfg.skip_broken)
+        labels, classes = folder_labels(cfg.data, files) if cfg.labels else (None, [])
+    images = torch.from_numpy(images)[: cfg.limit]
+    if not cfg.labels:
+        return images, None, []
+    return images, torch.from_numpy(labels)[: cfg.limit].long(), classes
 
 
 GLYPHS = "0123456789"
 
 
-def fingerprint(images):
-    """A checksum of the images, of ten thousand of them at most."""
-    return zlib.crc32(images[:: -(-len(images) // 10_000)].numpy().tobytes())
+def fingerprint(images, labels):
+    """A checksum of the images, and of their labels: of ten thousand of them at most."""
+    few = slice(None, None, -(-len(images) // 10_000))
+    return zlib.crc32(b"" if labels is None else labels[few].numpy().tobytes(),
+                      zlib.crc32(images[few].numpy().tobytes()))
 
 
 def draw_glyphs(n, seed, side=16):
@@ -430,13 +450,14 @@ def draw_glyphs(n, seed, side=16):
 
 
 CIFAR10 = "cifar-10-batches-bin"
+CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"  # as published beside it
 CIFAR10_BYTES = 10_000 * 3073  # of each file: a label and 3 x 32 x 32 pixels an image
 
 
 def load_cifar10(data_dir, train):
-    """CIFAR-10's binary version, found in data_dir, or downloaded to it: uint8 (N, 3, 32, 32)."""
+    """CIFAR-10's binary version, found in data_dir or downloaded to it: uint8 (N, 3, 32, 32) and (N,)."""
     names = [f"data_batch_{i}.bin" for i in range(1, 6)] if train else ["test_batch.bin"]
     root = pathlib.Path(data_dir)
     folder = root if (root / names[0]).is_file() else root / CIFAR10
@@ -448,8 +469,9 @@ def load_cifar10(data_dir, train):
         if len(raw) != CIFAR10_BYTES:
             raise Failure(f"{folder / name}: {len(raw):,} bytes, not {CIFAR10_BYTES:,}; damaged: "
                           f"delete {folder} and let it be downloaded again")
-        rows.append(raw.reshape(-1, 3073)[:, 1:])
-    return np.concatenate(rows).reshape(-1, 3, 32, 32)
+        rows.append(raw.reshape(-1, 3073))
+    rows = np.concatenate(rows)
+    return rows[:, 1:].reshape(-1, 3, 32, 32), rows[:, 0]
 
 
 def unpack_cifar10(root):
@@ -499,7 +521,10 @@ def parse_size(text):
 
 
 def load_folder(folder, size, channels, cache_dir, skip_broken):
-    """Every image under `folder`, centre-cropped: a memory-mapped uint8 (N, C, H, W) cache of them."""
+    """Every image under `folder`, centre-cropped: a memory-mapped uint8 (N, C, H, W) cache, and their files.
+
+    The cache is their pixels, then their numbers, int32, in the row of all files: broken ones have none.
+    """
     root, (H, W) = pathlib.Path(folder), size
     if not root.is_dir():
         problem = "it is a file" if root.exists() else "there is no such folder"
@@ -508,7 +533,7 @@ def load_folder(folder, size, channels, cache_dir, skip_broken):
     if not files:
         raise Failure(f"--data {folder}: there are no images in it")
     state = stamps(files)
-    key = hashlib.sha256(repr((state, size, channels, skip_broken)).encode()).hexdigest()[:16]
+    key = hashlib.sha256(repr((2, state, size, channels, skip_broken)).encode()).hexdigest()[:16]
     cache = pathlib.Path(cache_dir) / f"{root.resolve().name}-{H}x{W}x{channels}-{key}.u8"
     if not cache.is_file():
         cache.parent.mkdir(parents=True, exist_ok=True)
@@ -516,7 +541,19 @@ def load_folder(folder, size, channels, cache_dir, skip_broken):
             decode_folder(files, size, channels, out, skip_broken)
             if stamps(sorted(visible_files(root))) != state:
                 raise Failure(f"--data {folder}: changed while it was read; start again when it is at rest")
-    return np.memmap(cache, np.uint8, "c").reshape(-1, channels, H, W)
+    N = os.path.getsize(cache) // (channels * H * W + 4)
+    places = np.fromfile(cache, np.int32, offset=N * channels * H * W)
+    return np.memmap(cache, np.uint8, "c", shape=(N, channels, H, W)), [files[i] for i in places]
+
+
+def folder_labels(folder, files):
+    """Labels (N,) and names of the classes, which are the folders right under `folder`."""
+    names = [path.relative_to(folder).parts[:-1] for path in files]
+    if () in names:
+        raise Failure(f"{files[names.index(())]}: is in no subfolder of --data, and those are the classes")
+    classes = sorted({name[0] for name in names})
+    number = {name: k for k, name in enumerate(classes)}
+    return np.array([number[name[0]] for name in names]), classes
 
 
 def visible_files(root):
@@ -543,8 +580,9 @@ def reraise(error):
 
 
 def decode_folder(files, size, channels, out, skip_broken):
-    """Writes the pixels of every file, in order, to the binary file `out`."""
-    progress, broken, together = Progress("reading images", len(files), "images"), [], 1024
+    """Writes the pixels of every file, in order, then the numbers of those that are whole, to `out`."""
+    progress, together = Progress("reading images", len(files), "images"), 1024
+    whole, broken = [], []
     warnings.filterwarnings("ignore", module="PIL")  # what cannot be read is named below
     with concurrent.futures.ThreadPoolExecutor() as pool:
         for first in range(0, len(files), together):  # so many wait in memory at most
@@ -558,8 +596,10 @@ def decode_folder(files, size, channels, out, skip_broken):
                                       f"--skip-broken")
                 else:
                     out.write(pixels)
+                    whole.append(first + i)
                 progress(first + i + 1)
     progress.close()
+    out.write(np.array(whole, np.int32).tobytes())
     if len(broken) == len(files):
         raise Failure(f"{files[0].parent}: none of its {len(files)} files is an image")
     if broken:

@@ -283,7 +283,7 @@ def album(tmp_path):
 
 def test_any_image_is_read_upright_cropped_at_its_centre_and_not_squashed(album, tmp_path):
     """The middle of red-green-blue is green; transparent is white; 16 bits and floats keep their grey."""
-    images = train.load_folder(album, (16, 24), 3, tmp_path / "cache", skip_broken=False)
+    images = train.load_folder(album, (16, 24), 3, tmp_path / "cache", skip_broken=False)[0]
     names = sorted(str(p.relative_to(album)) for p in album.rglob("*.*") if not p.name.startswith("."))
     files = sorted(p for p in album.rglob("*") if p.is_file() and not p.name.startswith("."))
     assert images.shape == (len(names), 3, 16, 24) and len(names) == 9
@@ -291,10 +291,10 @@ def test_any_image_is_read_upright_cropped_at_its_centre_and_not_squashed(album,
     assert (by_name["clear.webp"] == 255).all()
     for name in ("deep.png", "float.tiff"):
         assert abs(by_name[name].astype(int) - 128).max() <= 1
-    square = train.load_folder(album, (16, 16), 3, tmp_path / "cache", skip_broken=False)
+    square = train.load_folder(album, (16, 16), 3, tmp_path / "cache", skip_broken=False)[0]
     wide = square[files.index(album / "wide.png")]
     assert (wide[1, :, 1:-1] > 200).all() and (wide[0, :, 1:-1] < 60).all()
-    grey = train.load_folder(album, (16, 16), 1, tmp_path / "cache", skip_broken=False)
+    grey = train.load_folder(album, (16, 16), 1, tmp_path / "cache", skip_broken=False)[0]
     assert grey.shape == (9, 1, 16, 16)
 
 
@@ -303,12 +303,12 @@ def test_exif_rotation_is_applied(tmp_path):
     exif[274] = 6  # the camera was turned by 90 degrees
     (tmp_path / "a").mkdir()
     stripes(30, 30).save(tmp_path / "a" / "turned.png", exif=exif)
-    image = train.load_folder(tmp_path / "a", (30, 30), 3, tmp_path, skip_broken=False)[0]
+    image = train.load_folder(tmp_path / "a", (30, 30), 3, tmp_path, skip_broken=False)[0][0]
     assert (image[0, :9] == 255).all() and (image[2, -9:] == 255).all()  # red on top, blue below
 
 
 def test_a_folder_is_decoded_once_and_again_when_it_changes(album, tmp_path, monkeypatch):
-    load = lambda: train.load_folder(album, (8, 8), 3, tmp_path / "cache", False)  # noqa: E731
+    load = lambda: train.load_folder(album, (8, 8), 3, tmp_path / "cache", False)[0]  # noqa: E731
     first = np.array(load())
     monkeypatch.setattr(train, "decode", lambda *args: pytest.fail("decoded twice"))
     assert (load() == first).all()
@@ -320,11 +320,11 @@ def test_a_folder_is_decoded_once_and_again_when_it_changes(album, tmp_path, mon
 def test_links_pipes_and_names_of_a_folder_are_taken_for_what_they_are(album, tmp_path, call):
     """A link back into the folder adds nothing, a pipe is no file, a newline stays inside one line; a
     link to nothing is a broken file."""
-    count = len(train.load_folder(album, (8, 8), 3, tmp_path / "cache", False))
+    count = len(train.load_folder(album, (8, 8), 3, tmp_path / "cache", False)[0])
     (album / "more" / "loop").symlink_to(album)
     os.mkfifo(album / "pipe.png")
     stripes(9, 9).save(album / "line\nbreak.png")
-    assert len(train.load_folder(album, (8, 8), 3, tmp_path / "cache", False)) == count + 1
+    assert len(train.load_folder(album, (8, 8), 3, tmp_path / "cache", False)[0]) == count + 1
     (album / "a\nb.png").symlink_to("nothing")
     status, _, err = call(train, "--data", album)
     assert status == 1 and err.count("\n") == 1 and "a\\nb.png: cannot be read" in err
@@ -340,7 +340,7 @@ def test_a_folder_that_changes_while_it_is_read_is_refused(album, tmp_path, monk
 
     monkeypatch.setattr(train, "decode", meddling)
     with pytest.raises(sample.Failure, match="changed while it was read"):
-        train.load_folder(album, (8, 8), 3, tmp_path / "cache", False)
+        train.load_folder(album, (8, 8), 3, tmp_path / "cache", False)[0]
     assert not list((tmp_path / "cache").iterdir())
 
 
@@ -416,14 +416,15 @@ def server(cifar, monkeypatch):
 def test_cifar10_is_found_unpacked_with_its_pixels_in_place(cifar):
     """Rows of a label and 3 x 32 x 32 pixels; in --data-dir itself or in its folder."""
     for where in (cifar, cifar / train.CIFAR10):
-        assert train.load_cifar10(where, train=True).shape == (50, 3, 32, 32)
-        test = train.load_cifar10(where, train=False)
+        assert train.load_cifar10(where, train=True)[0].shape == (50, 3, 32, 32)
+        test, labels = train.load_cifar10(where, train=False)
         raw = np.fromfile(cifar / train.CIFAR10 / "test_batch.bin", np.uint8)
         assert test.shape == (10, 3, 32, 32) and (test[0].ravel() == raw[1:3073]).all()
+        assert (labels == raw[::3073]).all()
 
 
 def test_cifar10_is_downloaded_checked_and_unpacked_once(server, tmp_path):
-    assert train.load_cifar10(tmp_path / "new", train=True).shape == (50, 3, 32, 32)
+    assert train.load_cifar10(tmp_path / "new", train=True)[0].shape == (50, 3, 32, 32)
     assert sorted(p.name for p in (tmp_path / "new").iterdir()) == [
         train.CIFAR10, "cifar-10-binary.tar.gz"]  # fmt: skip
 
@@ -574,8 +575,8 @@ def test_resuming_on_other_images_is_refused(call, tmp_path):
 
 def test_a_folder_may_be_where_its_cache_is_too(album):
     """The cache of its own images is not taken for one of them."""
-    count = len(train.load_folder(album, (8, 8), 3, album, False))
-    assert len(train.load_folder(album, (8, 8), 3, album, False)) == count
+    count = len(train.load_folder(album, (8, 8), 3, album, False)[0])
+    assert len(train.load_folder(album, (8, 8), 3, album, False)[0]) == count
 
 
 def test_an_output_that_takes_no_more_is_one_line(ckpt):
