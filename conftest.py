@@ -1,4 +1,5 @@
-"""Loads the file that is judged: ./ddpm.py, or with `--ddpm FILE` any file with the same public names."""
+"""Loads the files that are judged: ./ddpm.py and ./improved.py, or, with `--ddpm FILE` and
+`--improved FILE`, any with the same public names."""
 
 import importlib.machinery
 import importlib.util
@@ -18,15 +19,18 @@ import judge  # noqa: E402
 
 torch.set_num_threads(1)  # the tensors are tiny: a second thread only waits
 
-NAMES = {
+NAMES = {"ddpm": {
     "linear_schedule", "cosine_schedule", "exponential_schedule", "at", "Diffusion",
     "Diffusion.q_sample", "Diffusion.posterior_mean", "Diffusion.x0_from_eps",
     "Diffusion.eps_from_x0", "Diffusion.p_mean", "loss_simple", "noise_like", "same_t",
     "sample_ancestral", "ddim_grid", "sample_ddim", "normal_kl", "discretized_log_likelihood",
     "bound_terms", "timestep_embedding", "init", "conv", "norm", "ResBlock", "Attention", "Stack",
     "UNet",
-}  # fmt: skip
-PARTS = {"at", "same_t", "init", "conv", "norm", "Stack"}  # used by the others, not judged themselves
+}, "improved": {
+    "lowest", "variance", "halves", "eps_only", "bound_term", "loss_hybrid", "strided", "sample_ancestral",
+    "bound_terms", "drop_labels", "guided",
+}}  # fmt: skip
+PARTS = {"at", "same_t", "init", "conv", "norm", "Stack", "lowest", "halves"}  # judged in those that use them
 
 # No deadline, since machines are noisy. CI tries the same examples each time, others fresh ones; deep:
 # fifty times as many, in half an hour.
@@ -42,34 +46,36 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 def public_names(module):
     """The names that the file defines: functions, classes, and the methods of Diffusion."""
-    own = {k: v for k, v in vars(module).items() if getattr(v, "__module__", "") == "ddpm"}
+    own = {k: v for k, v in vars(module).items() if getattr(v, "__module__", "") == module.__name__}
     methods = {f"Diffusion.{k}" for k in vars(own.get("Diffusion", object)) if not k.startswith("_")}
     return {k for k in own if not k.startswith("_")} | (methods if "Diffusion" in own else set())
 
 
 def pytest_addoption(parser):
-    parser.addoption("--ddpm", metavar="FILE", default=str(ROOT / "ddpm.py"),
-                     help="the file to judge, with ddpm.py's public names (default: %(default)s)")
+    for name in NAMES:
+        parser.addoption(f"--{name}", metavar="FILE", default=str(ROOT / f"{name}.py"),
+                         help=f"the file to judge, with {name}.py's public names (default: %(default)s)")
 
 
-def load(path):
+def load(path, name="ddpm"):
     """The module of a file that is to be judged, and the names that it has beyond the specification's."""
     if not path.is_file():
-        raise pytest.UsageError(f"--ddpm {path}: no such file")
-    loader = importlib.machinery.SourceFileLoader("ddpm", str(path))
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("ddpm", loader))
-    before, sys.modules["ddpm"] = sys.modules.get("ddpm", module), module
+        raise pytest.UsageError(f"--{name} {path}: no such file")
+    loader = importlib.machinery.SourceFileLoader(name, str(path))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
+    before, sys.modules[name] = sys.modules.get(name, module), module
     try:
         loader.exec_module(module)
     except (Exception, SystemExit) as error:
         problem = f"cannot be imported: {type(error).__name__}: {error}"
     else:
-        missing = [name for name in sorted(NAMES - PARTS) if not has(module, name)]
-        problem = missing and f"the specification needs ddpm.py's public names; missing: {', '.join(missing)}"
+        missing = [part for part in sorted(NAMES[name] - PARTS) if not has(module, part)]
+        words = f"the specification needs {name}.py's public names; missing: {', '.join(missing)}"
+        problem = words if missing else None
     if problem:
-        sys.modules["ddpm"] = before
-        raise pytest.UsageError(f"--ddpm {path}: {problem}")
-    return module, sorted(public_names(module) - NAMES)
+        sys.modules[name] = before
+        raise pytest.UsageError(f"--{name} {path}: {problem}")
+    return module, sorted(public_names(module) - NAMES[name])
 
 
 def has(module, name):
@@ -80,14 +86,14 @@ def has(module, name):
 
 
 def pytest_configure(config):
-    config.judged = pathlib.Path(config.getoption("--ddpm")).resolve()
-    _, config.unjudged = load(config.judged)
+    config.judged = {name: pathlib.Path(config.getoption(f"--{name}")).resolve() for name in NAMES}
+    config.unjudged = [extra for name, path in config.judged.items() for extra in load(path, name)[1]]
     judge.SEED = int(config.getoption("--hypothesis-seed", None) or 0)
 
 
 def pytest_collection_modifyitems(config, items):
     """Another file is judged by the specification, not by how this project is kept."""
-    if config.judged != ROOT / "ddpm.py":
+    if any(path != ROOT / f"{name}.py" for name, path in config.judged.items()):
         ours = [i for i in items if i.path.stem in ("test_house", "test_commands", "test_readme")]
         config.hook.pytest_deselected(items=ours)
         items[:] = [i for i in items if i not in ours]
@@ -123,6 +129,7 @@ def call(monkeypatch, capsys, tmp_path):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    terminalreporter.write_line(f"judged: {config.judged}")
+    for path in config.judged.values():
+        terminalreporter.write_line(f"judged: {path}")
     if config.unjudged:
         terminalreporter.write_line(f"beyond the specification, not judged: {', '.join(config.unjudged)}")

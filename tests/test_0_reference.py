@@ -677,6 +677,107 @@ def test_eq5_reference_kl_terms_vanish_with_beta_tilde_and_perfect_eps(beta):
     assert terms[0] > 0 and terms[-1] > 0
 
 
+# ---------------------------------------------------------------------------- improved.py
+
+
+@given(cases(), st.data())
+def test_iddpm_eq19_reference_strided_betas_multiply_to_the_same_alpha_bar(case, data):
+    """prod (1 - beta'_i) is alpha_bar at the steps kept; with every step kept, beta' is beta."""
+    grid = sorted(data.draw(st.sets(st.integers(1, case.T), min_size=1), label="grid"))
+    kept = np.cumprod(1 - ref.strided_beta(case.beta, grid))
+    tol = 16 * case.T * EPS
+    close("alpha_bar", kept, tables(case.beta)[1][[0, *grid]], tol, 1)
+    close("beta", ref.strided_beta(case.beta, list(range(1, case.T + 1))), case.beta, 4 * EPS)
+
+
+@given(cases(), st.floats(-1, 2))
+def test_iddpm_eq15_reference_variance_is_the_formula_as_printed(case, v):
+    """exp(v log beta_t + (1 - v) log beta_tilde_t), with beta_tilde_2 at t = 1, and beta_1 if T = 1."""
+    _, _, beta_tilde = tables(case.beta)
+    low = beta_tilde[max(case.t, 2)] if case.T > 1 else case.beta[1]
+    want = np.exp(v * np.log(case.beta[case.t]) + (1 - v) * np.log(low))
+    tol = (1 + abs(v)) * (t_steps(case.t) + 8 * EPS / min(case.betas) + 64 * EPS)
+    close("sigma^2", ref.learned_variance(case.beta, case.t, v), want, tol)
+
+
+@pytest.mark.parametrize("t", [2, 3, 4])
+def test_iddpm_eq16_reference_slope_is_the_derivative_of_the_kl(t):
+    """Central differences of gaussian_kl over v; 0 where sigma^2 is beta_tilde + gap^2."""
+    low, high = ref.variance_ends(SHORT, t)
+    for gap, v in itertools.product((0.0, -0.2, 0.7), (-0.5, 0.0, 0.6, 1.0)):
+        sigma2 = ref.learned_variance(SHORT, t, np.array([v + 1e-5, v - 1e-5]))
+        up, down = ref.gaussian_kl(gap, low, 0.0, sigma2)
+        close("slope", ref.learned_slope(SHORT, t, gap, v), (up - down) / 2e-5, 1e-8, 1 + gap**2 / low)
+    best = math.log((low + 0.01) / low) / math.log(high / low)
+    close("slope at the best v", ref.learned_slope(SHORT, t, 0.1, best), 0, 1e-13, 1)
+
+
+@every_case
+def test_reference_exact_variance_goes_from_beta_tilde_to_beta_as_the_data_grows(case):
+    """s2 = 0: x_0 is known. s2 = 1: x_t is N(0, 1) at every t. In between it rises; with s2 it stays
+    below the variance of the step itself, beta_t / (1 - beta_t)."""
+    var = [ref.exact_variance_gaussian(case.beta, case.t, s2) for s2 in (0, 0.1, 0.5, 1, 10, 1e6)]
+    tol = 4 * t_steps(case.t)
+    close("s2 = 0", var[0], ref.posterior(case.beta, case.t)[2], tol)
+    close("s2 = 1", var[3], case.beta[case.t], tol)
+    assert (np.diff(var) > -tol * var[-1]).all()
+    assert var[-1] <= case.beta[case.t] / (1 - case.beta[case.t]) * (1 + tol)
+
+
+@pytest.mark.parametrize("t, s2", [(2, 0.25), (3, 0.04), (4, 2.0)])
+def test_reference_exact_variance_and_kl_term_agree_with_a_simulation(t, s2):
+    """x_{t-1} about its regression on x_t; and the KL of posterior and p, averaged over x_0 and x_t."""
+    rng = np.random.default_rng(t)
+    a, v = ref.forward_moments(SHORT)
+    x0 = rng.normal(0.2, s2**0.5, N)
+    xs = a[t - 1] * x0 + v[t - 1] ** 0.5 * rng.normal(size=N)
+    k, w = ref.transition(SHORT, t - 1, t)
+    xt = k * xs + w**0.5 * rng.normal(size=N)
+    c_0, c_t, low = ref.posterior(SHORT, t)
+    said = (xt - v[t] ** 0.5 * ref.eps_gaussian(SHORT, t, xt, 0.2, s2)) / a[t]
+    var = ref.exact_variance_gaussian(SHORT, t, s2)
+    has_normal_moments("x_{t-1} - mu_theta", xs - c_0 * said - c_t * xt, 0, var)
+    for sigma2 in (var, low, SHORT[t]):
+        kl = ref.gaussian_kl(c_0 * x0 + c_t * xt, low, c_0 * said + c_t * xt, sigma2)
+        has_mean("L_{t-1}", kl, ref.kl_term_gaussian(SHORT, t, s2, sigma2))
+    assert rejects(has_normal_moments, "a wrong variance", xs - c_0 * said - c_t * xt, 0, SHORT[t])
+
+
+@given(cases(), normal, st.floats(-1, 5))
+def test_cfg_eq6_reference_eps_follows_bayes_rule(case, x, w):
+    """p(x | y)^(1+w) p(x)^-w is p(x | y) p(y | x)^w: the slope of log p(y | x) comes on top, w times.
+
+    By central differences, of the responsibility of one of two components.
+    """
+    weight, m, s2 = np.array([0.4, 0.6]), np.array([-0.5, 0.3]), np.array([0.1, 0.3])
+    a, v = ref.transition(case.beta, 0, case.t)
+    h = 1e-4 * math.sqrt(v)
+
+    def log_share(x):
+        log_joint = np.log(weight) + stats.norm.logpdf(x, a * m, np.sqrt(a**2 * s2 + v))
+        return log_joint[0] - np.logaddexp(*log_joint)
+
+    one = [1.0], m[:1], s2[:1]
+    got, at_0, at_minus_1 = (ref.guided_eps(case.beta, case.t, np.array(x), guide, one, (weight, m, s2))
+                             for guide in (w, 0, -1))  # fmt: skip
+    slope = (log_share(x + h) - log_share(x - h)) / (2 * h)
+    want = ref.eps_mixture(case.beta, case.t, x, *one) - w * np.sqrt(v) * slope
+    close("eps", got, want, 1e-5, (1 + abs(w)) * (1 + abs(x)))
+    scale = (abs(x) + 1) / np.sqrt(v) * (1 + x**2)
+    close("w = 0", at_0, ref.eps_mixture(case.beta, case.t, x, *one), 1e2 * EPS, scale)
+    close("w = -1", at_minus_1, ref.eps_mixture(case.beta, case.t, x, weight, m, s2), 1e2 * EPS, scale)
+
+
+def test_reference_log_density_is_that_of_a_mixture_and_integrates_to_1():
+    one = np.array([0.3, 0.7]), np.array([-0.6, 0.5]), np.array([0.02, 0.1])
+    a, v = ref.transition(SHORT, 0, 2)
+    for x in (-1.0, 0.0, 2.5):
+        log_p = math.log(one[0] @ stats.norm.pdf(x, a * one[1], np.sqrt(a**2 * one[2] + v)))
+        close("log p", ref.log_density(SHORT, 2, np.array(x), *one), log_p, 8 * EPS, 1 + abs(log_p))
+    total = integrate.quad(lambda x: math.exp(ref.log_density(SHORT, 2, np.array(x), *one)), -12, 12)[0]
+    close("integral", total, 1, 1e-7)
+
+
 # ---------------------------------------------------------------------------- network layers
 
 
