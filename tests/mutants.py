@@ -1,7 +1,7 @@
-"""The catalogue of mistakes: each is an edit of ddpm.py, and each must be killed by the test it names.
+"""The catalogue of mistakes: edits of ddpm.py and improved.py, each to be killed by the test it names.
 
     python tests/mutants.py              all of them, in parallel; exit status 1 if one survives
-    python tests/mutants.py padding      those with this text in their name
+    python tests/mutants.py padding      those with this text in their name, or improved.py: those of it
     python tests/mutants.py "in print"   the slips in print, named by the formula as printed
 
 "seen" says where the mistake was found: a public project, "in print", or "plausible". A mutant counts
@@ -30,13 +30,14 @@ SECONDS = 300  # a mutant that takes longer hangs
 class Mutant:
     name: str
     seen: str
-    old: str  # stands exactly once in ddpm.py
+    old: str  # stands exactly once in the file
     new: str
     test: str
     crash: str = ""  # the exception that is the kill, where a crash is what the mistake comes to
+    file: str = "ddpm.py"
 
 
-CATALOGUE = [Mutant(*fields) for fields in (
+OF_DDPM = [Mutant(*fields) for fields in (
     # 1. schedules
     ("beta_t = beta_1 + t (beta_T - beta_1) / T, read with t from 1", "in print; minDiffusion",
      "torch.linspace(beta_1, beta_T, T, dtype=torch.float64)",
@@ -618,6 +619,232 @@ CATALOGUE = [Mutant(*fields) for fields in (
 )]  # fmt: skip
 
 
+EQ_15 = "torch.exp(v * at(d.beta.log(), t, v) + (1 - v) * at(lowest(d).log(), t, v))"
+GUIDED = "torch.cat([(1 + w) * eps - w * eps_none, *v], dim=1)"
+OF_IMPROVED = [Mutant(*fields, file="improved.py") for fields in (
+    # 1. learned variances
+    ("eq. 15: the variances are interpolated, not their logarithms", "plausible",
+     EQ_15, "v * at(d.beta, t, v) + (1 - v) * at(lowest(d), t, v)",
+     "test_iddpm_eq15_variance_interpolates_the_logarithms"),
+    ("eq. 15: the deviations are interpolated", "plausible",
+     EQ_15, "(v * at(d.beta.sqrt(), t, v) + (1 - v) * at(lowest(d).sqrt(), t, v)) ** 2",
+     "test_iddpm_eq15_variance_interpolates_the_logarithms"),
+    ("eq. 15: v = 0 is beta, v = 1 is beta_tilde", "plausible",
+     EQ_15, "torch.exp((1 - v) * at(d.beta.log(), t, v) + v * at(lowest(d).log(), t, v))",
+     "test_iddpm_eq15_variance_is_beta_tilde_at_v_0_and_beta_at_v_1"),
+    ("eq. 15: v counts from -1 to 1", "improved-diffusion (its authors' own)",
+     "    return torch.exp(v * at(", "    v = (v + 1) / 2\n    return torch.exp(v * at(",
+     "test_iddpm_eq15_variance_is_beta_tilde_at_v_0_and_beta_at_v_1"),
+    ("eq. 15: v is squashed into (0, 1)", "plausible",
+     "    return torch.exp(v * at(", "    v = v.sigmoid()\n    return torch.exp(v * at(",
+     "test_iddpm_eq15_variance_is_beta_tilde_at_v_0_and_beta_at_v_1"),
+    ("eq. 15: exp gives sigma, not sigma^2", "plausible",
+     EQ_15, EQ_15 + " ** 2",
+     "test_iddpm_eq15_variance_interpolates_the_logarithms"),
+    ("eq. 15: the output is the logarithm, unbounded", "plausible",
+     EQ_15, "torch.exp(v)",
+     "test_iddpm_eq15_variance_interpolates_the_logarithms"),
+    ("t = 1: log beta_tilde_1 is log 1e-20", "lucidrains",
+     "d.beta_tilde[2] if d.T > 1 else d.beta[1]", "1e-20",
+     "test_iddpm_eq15_beta_tilde_2_stands_for_beta_tilde_at_t1"),
+    ("t = 1: beta_1 stands for beta_tilde_1", "plausible",
+     "d.beta_tilde[2] if d.T > 1 else d.beta[1]", "d.beta[1]",
+     "test_iddpm_eq15_beta_tilde_2_stands_for_beta_tilde_at_t1"),
+    ("the table of beta_tilde is changed for everyone", "plausible",
+     "table = d.beta_tilde.clone()", "table = d.beta_tilde",
+     "test_iddpm_eq4_term_at_t1_is_the_decoder_with_the_learned_variance"),
+    ("one t for the whole batch", "plausible",
+     EQ_15, "torch.exp(v * at(d.beta.log(), torch.as_tensor(t).max(), v)"
+            " + (1 - v) * at(lowest(d).log(), torch.as_tensor(t).max(), v))",
+     "test_iddpm_eq15_every_image_has_its_own_t_and_every_pixel_its_own_v"),
+    ("the tables are rounded to the network's bfloat16", "plausible",
+     EQ_15, "torch.exp(v * at(d.beta.log(), t, v).to(v) + (1 - v) * at(lowest(d).log(), t, v).to(v))",
+     "test_iddpm_eq15_tables_stay_in_float64_for_a_network_in_bfloat16"),
+    ("the halves of the channels are swapped", "plausible",
+     "return out.chunk(2, dim=1)", "return out.chunk(2, dim=1)[::-1]",
+     "test_a_model_says_eps_in_the_first_half_of_its_channels_and_v_in_the_second"),
+    ("channels are taken in turn", "plausible",
+     "return out.chunk(2, dim=1)", "return out[:, ::2], out[:, 1::2]",
+     "test_a_model_says_eps_in_the_first_half_of_its_channels_and_v_in_the_second"),
+    ("samplers of ddpm.py are given v", "plausible",
+     "return lambda xt, t: halves(model, xt, t)[0]", "return lambda xt, t: halves(model, xt, t)[1]",
+     "test_a_model_says_eps_in_the_first_half_of_its_channels_and_v_in_the_second"),
+    ("an output of other channels is not refused", "plausible",
+     "assert out.shape == (len(xt), 2 * xt.shape[1], *xt.shape[2:])", "assert out.shape[0] == len(xt)",
+     "test_a_model_without_a_v_for_every_pixel_is_refused"),
+    # 2. the hybrid loss
+    ("L_t: the KL is taken the wrong way round", "plausible",
+     "ddpm.normal_kl(d.posterior_mean(x0, xt, t), at(lowest(d), t, x0), mean, sigma2)",
+     "ddpm.normal_kl(mean, sigma2, d.posterior_mean(x0, xt, t), at(lowest(d), t, x0))",
+     "test_iddpm_eq4_term_is_the_kl_of_the_posterior_and_the_models_step_in_bits"),
+    ("L_t: nats", "plausible",
+     ".mean(1) / math.log(2)", ".mean(1)",
+     "test_iddpm_eq4_term_is_the_kl_of_the_posterior_and_the_models_step_in_bits"),
+    ("L_t: a sum over dimensions", "plausible",
+     ".flatten(1).mean(1) / math", ".flatten(1).sum(1) / math",
+     "test_iddpm_eq4_term_is_the_kl_of_the_posterior_and_the_models_step_in_bits"),
+    ("L_t: a mean over the images", "plausible",
+     ".flatten(1).mean(1) / math", ".mean().expand(len(x0)) / math",
+     "test_iddpm_eq4_images_of_a_batch_have_their_terms_at_their_own_t"),
+    ("L_0: a KL like the others, no decoder", "plausible",
+     "torch.where(at(d.beta_tilde, t, x0) > 0, kl, decoder)", "kl + 0 * decoder",
+     "test_iddpm_eq4_term_at_t1_is_the_decoder_with_the_learned_variance"),
+    ("L_1: the decoder too", "plausible",
+     "at(d.beta_tilde, t, x0) > 0, kl", "at(torch.arange(d.T + 1), t, x0) > 2, kl",
+     "test_iddpm_eq4_term_is_the_kl_of_the_posterior_and_the_models_step_in_bits"),
+    ("L_0: the decoder, for the batch, if t = 1 is in it", "plausible",
+     "at(d.beta_tilde, t, x0) > 0, kl", "torch.as_tensor(t).min() > 1, kl",
+     "test_iddpm_eq4_images_of_a_batch_have_their_terms_at_their_own_t"),
+    ("L_0: the log-likelihood, not minus it", "plausible",
+     "decoder = -ddpm", "decoder = ddpm",
+     "test_iddpm_eq4_term_at_t1_is_the_decoder_with_the_learned_variance"),
+    ("L_0: the decoder keeps its fixed variance", "plausible",
+     "discretized_log_likelihood(x0, mean, sigma2)", "discretized_log_likelihood(x0, mean, at(lowest(d), t, x0))",
+     "test_iddpm_eq4_term_at_t1_is_the_decoder_with_the_learned_variance"),
+    ("the bound does not clip x0", "plausible",
+     "def bound_term(d, x0, xt, t, eps, v, clip=True)", "def bound_term(d, x0, xt, t, eps, v, clip=False)",
+     "test_iddpm_eq4_term_clips_x0_as_the_sampler_does"),
+    ("eq. 16: the gradient of L_vlb leaks into the mean", "plausible",
+     "eps_theta.detach()", "eps_theta",
+     "test_iddpm_eq16_eps_learns_from_L_simple_alone"),
+    ("eq. 16: v is detached, not the mean", "plausible",
+     "eps_theta.detach(), v, clip", "eps_theta, v.detach(), clip",
+     "test_iddpm_eq16_eps_learns_from_L_simple_alone"),
+    ("eq. 16: both are detached", "plausible",
+     "eps_theta.detach(), v, clip", "eps_theta.detach(), v.detach(), clip",
+     "test_iddpm_eq16_v_learns_from_L_vlb_with_a_weight_of_a_thousandth"),
+    ("eq. 16: a weight of 1", "plausible",
+     "weight=0.001", "weight=1.0",
+     "test_iddpm_eq16_v_learns_from_L_vlb_with_a_weight_of_a_thousandth"),
+    ("eq. 16: the weight is on L_simple", "plausible",
+     "F.mse_loss(eps_theta, eps) + weight * vlb", "weight * F.mse_loss(eps_theta, eps) + vlb",
+     "test_iddpm_eq16_eps_learns_from_L_simple_alone"),
+    ("eq. 16: one term of L_vlb, not T times it", "plausible",
+     "vlb = d.T * bound_term", "vlb = bound_term",
+     "test_iddpm_eq16_v_learns_from_L_vlb_with_a_weight_of_a_thousandth"),
+    ("eq. 16: L_vlb is that of clipped x0", "plausible",
+     "v, clip=False).mean()", "v, clip=True).mean()",
+     "test_iddpm_eq16_is_L_simple_plus_a_thousandth_of_L_vlb_in_bits_per_dimension"),
+    ("eq. 16: L_vlb at another draw of t", "plausible",
+     "vlb = d.T * bound_term(d, x0, xt, t, eps", "vlb = d.T * bound_term(d, x0, xt, t.flip(0), eps",
+     "test_iddpm_eq16_v_learns_from_L_vlb_with_a_weight_of_a_thousandth"),
+    ("eq. 16: the target is the image", "plausible",
+     "F.mse_loss(eps_theta, eps) +", "F.mse_loss(eps_theta, x0) +",
+     "test_iddpm_eq16_eps_learns_from_L_simple_alone"),
+    ("eq. 16: t is never T", "plausible",
+     "torch.randint(1, d.T + 1, (len(x0),))", "torch.randint(1, d.T, (len(x0),))",
+     "test_iddpm_eq16_draws_t_uniformly_from_1_to_T_and_standard_normal_noise"),
+    ("eq. 16: one t for the batch", "plausible",
+     "torch.randint(1, d.T + 1, (len(x0),))", "torch.randint(1, d.T + 1, (1,)).expand(len(x0))",
+     "test_iddpm_eq16_draws_t_uniformly_from_1_to_T_and_standard_normal_noise"),
+    ("eq. 16: uniform noise", "plausible",
+     "torch.randn_like(x0)", "torch.rand_like(x0)",
+     "test_iddpm_eq16_draws_t_uniformly_from_1_to_T_and_standard_normal_noise"),
+    # 3. sampling
+    ("eq. 19: the betas of single steps", "plausible",
+     "F.pad(1 - ab[1:] / ab[:-1], (1, 0))", "d.beta[steps]",
+     "test_iddpm_eq19_strided_betas_are_those_of_the_jumps_between_the_steps_kept"),
+    ("eq. 19: alpha_bar of the steps before", "plausible",
+     "ab = d.alpha_bar[steps]", "ab = d.alpha_bar[(steps - 1).clamp(min=0)]",
+     "test_iddpm_eq19_strided_betas_are_those_of_the_jumps_between_the_steps_kept",
+     "AssertionError"),
+    ("eq. 19: the chain ends at alpha_bar_1, not at 1", "ControlNet, CompVis (of DDIM)",
+     "ab = d.alpha_bar[steps]", "ab = d.alpha_bar[[1, *grid]]",
+     "test_iddpm_eq19_strided_betas_are_those_of_the_jumps_between_the_steps_kept",
+     "AssertionError"),
+    ("eq. 19: the model is told the number of the jump", "plausible",
+     "model(xt, steps.to(i.device)[i])", "model(xt, i)",
+     "test_iddpm_eq19_the_model_sees_the_steps_by_their_own_numbers"),
+    ("eq. 19: the model is told the step before", "plausible",
+     "model(xt, steps.to(i.device)[i])", "model(xt, steps.to(i.device)[i - 1])",
+     "test_iddpm_eq19_the_model_sees_the_steps_by_their_own_numbers"),
+    ("eq. 19: the model is told an even share of T", "plausible",
+     "model(xt, steps.to(i.device)[i])", "model(xt, i * d.T // (len(steps) - 1))",
+     "test_iddpm_eq19_the_model_sees_the_steps_by_their_own_numbers"),
+    ("sampling: sigma^2 stands for sigma", "plausible",
+     "variance(d, t, v).sqrt()", "variance(d, t, v)",
+     "test_sampling_with_v_0_or_1_is_algorithm2_with_beta_tilde_or_beta"),
+    ("sampling: sigma^2 is read at t - 1", "plausible",
+     "variance(d, t, v).sqrt()", "variance(d, max(1, t - 1), v).sqrt()",
+     "test_sampling_with_v_0_or_1_is_algorithm2_with_beta_tilde_or_beta"),
+    ("sampling: the root is taken of v's mean", "plausible",
+     "variance(d, t, v).sqrt()", "variance(d, t, v.mean() + 0 * v).sqrt()",
+     "test_sampling_gives_every_pixel_its_own_variance"),
+    ("sampling: noise at t = 1", "plausible",
+     "ddpm.noise_like(xt, generator) if t > 1 else mean", "ddpm.noise_like(xt, generator)",
+     "test_sampling_with_learned_variances_asks_clips_and_stops_as_algorithm2"),
+    ("sampling: no clip", "plausible",
+     "def sample_ancestral(model, d, xt, clip=True", "def sample_ancestral(model, d, xt, clip=False",
+     "test_sampling_with_learned_variances_asks_clips_and_stops_as_algorithm2"),
+    ("sampling: the graph is kept", "plausible",
+     "@torch.no_grad()\ndef sample_ancestral", "def sample_ancestral",
+     "test_sampling_with_learned_variances_asks_clips_and_stops_as_algorithm2"),
+    ("sampling: the generators are not used", "plausible",
+     "ddpm.noise_like(xt, generator)", "ddpm.noise_like(xt)",
+     "test_sampling_with_learned_variances_asks_clips_and_stops_as_algorithm2"),
+    # 4. the bound
+    ("bound: L_{t-1} stands at t", "plausible",
+     "learned[:, t[0] - 1]", "learned[:, t[0] % d.T]",
+     "test_bound_has_a_row_for_each_fixed_variance_and_one_for_the_learned_on_the_same_draws"),
+    ("bound: the decoder keeps its fixed variance", "plausible",
+     "terms[-1, :, : d.T] = learned", "terms[-1, :, 1 : d.T] = learned[:, 1:]",
+     "test_bound_of_the_best_learned_variances_is_as_predicted_and_below_both_fixed_ones"),
+    ("bound: clip is not passed on", "plausible",
+     "t.cpu(), eps, v, clip)", "t.cpu(), eps, v)",
+     "test_bound_with_learned_variances_clips_and_refuses_as_the_other"),
+    # 5. guidance
+    ("labels: dropped for the whole batch at once", "dome272",
+     "torch.rand(len(y), generator=generator)", "torch.rand(1, generator=generator)",
+     "test_cfg_algorithm1_drops_each_label_on_its_own_with_probability_p"),
+    ("labels: kept with probability p", "plausible",
+     ".to(y.device) < p", ".to(y.device) >= p",
+     "test_cfg_algorithm1_drops_each_label_on_its_own_with_probability_p"),
+    ("labels: the first tenth of every batch is dropped", "plausible",
+     "torch.rand(len(y), generator=generator)", "torch.arange(len(y)).div(len(y))",
+     "test_cfg_algorithm1_drops_each_label_on_its_own_with_probability_p"),
+    ("labels: none is dropped", "plausible",
+     "p=0.1", "p=0.0",
+     "test_cfg_algorithm1_drops_each_label_on_its_own_with_probability_p"),
+    ("labels: class 0 stands for no label", "plausible",
+     "< p, none, y)", "< p, 0, y)",
+     "test_cfg_algorithm1_drops_each_label_on_its_own_with_probability_p"),
+    ("guidance: w is the scale s = 1 + w", "diffusers and most users",
+     GUIDED, "torch.cat([w * eps + (1 - w) * eps_none, *v], dim=1)",
+     "test_cfg_eq6_means_that_w_0_is_conditional_and_w_minus_1_is_not"),
+    ("guidance: the terms are swapped", "plausible",
+     GUIDED, "torch.cat([(1 + w) * eps_none - w * eps, *v], dim=1)",
+     "test_cfg_eq6_eps_is_the_score_of_the_class_to_the_1_plus_w_over_the_datas_to_the_w"),
+    ("guidance: eps + w eps_none", "plausible",
+     GUIDED, "torch.cat([(1 + w) * eps + w * eps_none, *v], dim=1)",
+     "test_cfg_eq6_eps_is_the_score_of_the_class_to_the_1_plus_w_over_the_datas_to_the_w"),
+    ("guidance: w = 0 and w = -1 are exchanged", "dome272",
+     "torch.full_like(y, none) if w else y)", "y if w else torch.full_like(y, none))",
+     "test_cfg_eq6_at_w_0_and_minus_1_samples_as_conditional_and_unconditional_bit_for_bit"),
+    ("guidance: w = -1 is conditional too", "dome272",
+     "return net(xt, t, torch.full_like(y, none) if w else y)", "return net(xt, t, y)",
+     "test_cfg_eq6_at_w_0_and_minus_1_samples_as_conditional_and_unconditional_bit_for_bit"),
+    ("guidance: label 0 stands for no label", "plausible",
+     "torch.cat([y, torch.full_like(y, none)])", "torch.cat([y, torch.zeros_like(y)])",
+     "test_cfg_eq6_eps_is_the_score_of_the_class_to_the_1_plus_w_over_the_datas_to_the_w"),
+    ("guidance: the halves are interleaved", "plausible",
+     "torch.cat([y, torch.full_like(y, none)])",
+     "torch.stack([y, torch.full_like(y, none)], 1).flatten()",
+     "test_cfg_eq6_eps_is_the_score_of_the_class_to_the_1_plus_w_over_the_datas_to_the_w"),
+    ("guidance: two images where one would do", "plausible",
+     "if w in (0, -1):", "if w == 2:",
+     "test_cfg_eq6_asks_the_network_once_a_step"),
+    ("guidance: v is extrapolated as eps", "plausible",
+     "        (eps, *v), (eps_none, *_) = (half.split(xt.shape[1], dim=1) for half in out.chunk(2))\n",
+     "        (eps, *v), (eps_none, *u) = (half.split(xt.shape[1], dim=1) for half in out.chunk(2))\n"
+     "        v = [(1 + w) * a - w * b for a, b in zip(v, u)]\n",
+     "test_cfg_eq6_guides_eps_and_leaves_the_learned_variance_of_the_class"),
+    ("guidance: v is that without a label", "plausible",
+     "(eps, *v), (eps_none, *_) =", "(eps, *_), (eps_none, *v) =",
+     "test_cfg_eq6_guides_eps_and_leaves_the_learned_variance_of_the_class"),
+)]  # fmt: skip
+CATALOGUE = OF_DDPM + OF_IMPROVED
+
+
 class Verdict:
     """A pytest plugin that keeps the first failure."""
 
@@ -629,19 +856,19 @@ class Verdict:
             self.message = (crash.message if crash else str(report.longrepr)).strip()
 
 
-def judge(source, tests):
-    """Runs pytest on the source of a ddpm.py: (exit status, failed test, its message)."""
+def judge(source, tests, file="ddpm.py"):
+    """Runs pytest on the source of a ddpm.py, or an improved.py: (exit status, failed test, its message)."""
     import pytest
     import torch
 
     torch.set_num_threads(1)
     verdict, quiet = Verdict(), io.StringIO()
     with tempfile.TemporaryDirectory() as folder:
-        path = pathlib.Path(folder) / "ddpm.py"
+        path = pathlib.Path(folder) / file
         path.write_text(source)
         with contextlib.redirect_stdout(quiet), contextlib.redirect_stderr(quiet):
             status = pytest.main(["-x", "-q", "--hypothesis-profile=mutants", "-p", "no:warnings",
-                                  f"--rootdir={ROOT}", f"--ddpm={path}", *tests], [verdict])
+                                  f"--rootdir={ROOT}", f"--{path.stem}={path}", *tests], [verdict])
     return int(status), verdict.test, verdict.message or quiet.getvalue().strip()[-300:]
 
 
@@ -660,10 +887,10 @@ def locate(test):
 
 def try_mutant(mutant):
     signal.alarm(SECONDS)
-    source = (ROOT / "ddpm.py").read_text()
+    source = (ROOT / mutant.file).read_text()
     if source.count(mutant.old) != 1:
-        return mutant, False, f"its text stands {source.count(mutant.old)} times in ddpm.py, not once"
-    status, _, message = judge(source.replace(mutant.old, mutant.new), [locate(mutant.test)])
+        return mutant, False, f"its text stands {source.count(mutant.old)} times in {mutant.file}, not once"
+    status, _, message = judge(source.replace(mutant.old, mutant.new), [locate(mutant.test)], mutant.file)
     if status == 0:
         return mutant, False, f"SURVIVED {mutant.test}"
     if status != 1 or not (is_assertion(message) or (mutant.crash and message.startswith(mutant.crash))):
@@ -689,7 +916,7 @@ def in_parallel(function, items):
 
 def main(words):
     began, alive = time.monotonic(), 0
-    chosen = [m for m in CATALOGUE if all(word in f"{m.name} [{m.seen}]" for word in words)]
+    chosen = [m for m in CATALOGUE if all(word in f"{m.file} {m.name} [{m.seen}]" for word in words)]
     for mutant, killed, message in in_parallel(try_mutant, chosen):
         alive += not killed
         print(f"{'killed  ' if killed else 'ALIVE   '}{mutant.name}  [{mutant.seen}]\n"

@@ -1,9 +1,11 @@
-"""Generic mutation: every operator, constant, index, condition, call, keyword and guard of ddpm.py.
+"""Generic mutation: every operator, constant, index, condition, call, keyword and guard of both files.
 
-    python tests/mutate.py                 all of it (20 minutes on two cores)
+    python tests/mutate.py                 ddpm.py and improved.py (20 minutes on two cores)
     python tests/mutate.py sample_ddim     the functions and classes with this word in their name
+    python tests/mutate.py improved.       those of improved.py
 
-Each mutant changes one thing and is given to the tests of its section, then to the others. A mutant
+Each mutant changes one thing and is given to the tests of its section, then to the others (one of
+improved.py, to test_improved.py). A mutant
 that no test kills must be listed in EXPLAINED below, with the reason; exit status 1 if one is not, or
 if less than 97% die.
 """
@@ -100,11 +102,11 @@ def is_text(node):
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
 
 
-def scopes(tree):
-    """(name, node) of each function, method and class, outermost first."""
+def scopes(tree, prefix):
+    """(name, node) of each function and method."""
     for node in tree.body:
         if isinstance(node, ast.FunctionDef):
-            yield node.name, node
+            yield prefix + node.name, node
         elif isinstance(node, ast.ClassDef):
             yield from ((f"{node.name}.{m.name}", m) for m in node.body if isinstance(m, ast.FunctionDef))
 
@@ -120,16 +122,17 @@ def children(node):
                 yield from children(child)
 
 
-def mutants(source, word=""):
-    """Every mutant: (name of its function, line, before, after, source)."""
-    for name, scope in scopes(ast.parse(source)):
+def mutants(file, word=""):
+    """Every mutant of a file: (file, name of its function, line, before, after, source)."""
+    source, prefix = (ROOT / file).read_text(), "" if file == "ddpm.py" else "improved."
+    for name, scope in scopes(ast.parse(source), prefix):
         if word not in name:
             continue
         count = len(list(children(scope))) + 1
         for n in range(count):
             for k in range(8):
                 tree = ast.parse(source)
-                scope = dict(scopes(tree))[name]
+                scope = dict(scopes(tree, prefix))[name]
                 parent, field, i, node = [(None, None, None, scope), *children(scope)][n]
                 ways = list(replacements(node))
                 if k >= len(ways):
@@ -142,7 +145,7 @@ def mutants(source, word=""):
                     else:
                         getattr(parent, field)[i] = new
                 after = ast.unparse(new if isinstance(new, ast.AST) else node).splitlines()[0]
-                yield name, node.lineno, before, after, ast.unparse(ast.fix_missing_locations(tree))
+                yield file, name, node.lineno, before, after, ast.unparse(ast.fix_missing_locations(tree))
 
 
 def section(line):
@@ -154,13 +157,17 @@ def section(line):
 def try_mutant(mutant):
     import signal
 
-    _, line, _, _, source = mutant
+    file, _, line, _, _, source = mutant
     signal.alarm(600)
-    files = sorted(str(p) for p in (ROOT / "tests").glob("test_[1-9]_*.py"))
-    own = {2: "234"}.get(section(line), str(section(line)))
-    first = [f for f in files if os.path.basename(f)[5] in own]
-    for tests in (first, [f for f in files if f not in first]):
-        status, test, _ = judge(source, tests)
+    if file == "ddpm.py":
+        files = sorted(str(p) for p in (ROOT / "tests").glob("test_[1-9]_*.py"))
+        own = {2: "234"}.get(section(line), str(section(line)))
+        first = [f for f in files if os.path.basename(f)[5] in own]
+        rounds = first, [f for f in files if f not in first]
+    else:
+        rounds = [[str(ROOT / "tests" / "test_improved.py")]]
+    for tests in rounds:
+        status, test, _ = judge(source, tests, file)
         if status != 0:
             return mutant, True, (test or "not even imported").rsplit("::")[-1]
     return mutant, False, ""
@@ -168,9 +175,9 @@ def try_mutant(mutant):
 
 def main(word):
     began = time.monotonic()
-    every = list(mutants((ROOT / "ddpm.py").read_text(), word))
+    every = [m for file in ("ddpm.py", "improved.py") for m in mutants(file, word)]
     killed, unexplained = 0, 0
-    for (name, line, before, after, _), dead, test in in_parallel(try_mutant, every):
+    for (_, name, line, before, after, _), dead, test in in_parallel(try_mutant, every):
         killed += dead
         key = f"{name}: {before} -> {after}"
         reason = EXPLAINED.get(key)
