@@ -95,7 +95,6 @@ def sample_ancestral(model, d, xt, clip=True, generator=None, on_step=None):
 
 # --- 4. The likelihood bound ---------------------------------------------------------------------
 
-@torch.no_grad()
 def bound_terms(model, d, x0, variances=(), clip=True, generator=None):
     """ddpm.bound_terms of K fixed variances, and of the learned one, on the same draws: K + 1."""
     learned = torch.empty(len(x0), d.T, dtype=torch.float64)

@@ -53,6 +53,14 @@ EXPLAINED = {
     "bound_terms: 0.01 -> 0.011000000000000001": CHOSEN,
     "conv: 2 -> 3": "1 // 3 = 1 // 2 and 3 // 3 = 3 // 2",
     "Attention.forward: 0 -> -1": "the only head is also the last",
+    "improved.loss_hybrid: t.to(x0.device, non_blocking=True) -> t.to(x0.device)": SPEED,
+    "improved.loss_hybrid: True -> False": SPEED,
+    "improved.strided: steps.diff() > 0 -> steps.diff() >= 0": "Diffusion refuses the beta of 0 as well",
+    "improved.strided: 0 -> -1": "the same",
+    "improved.bound_terms: 0 -> -1": "all images of the bound are at one t",
+    "improved.bound_terms: t.cpu() -> t": "t is on the CPU already, unless there is a GPU",
+    "improved.drop_labels: torch.rand(len(y), generator=generator).to(y.device) < p -> "
+    "torch.rand(len(y), generator=generator).to(y.device) <= p": "no number is met exactly",
     "UNet.__init__: 1 -> 2": "a stride of 2 never reaches the second row or column of padding",
 }
 

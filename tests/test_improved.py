@@ -155,10 +155,11 @@ def test_iddpm_eq4_term_at_t1_is_the_decoder_with_the_learned_variance(k, v, x1)
 
 def test_iddpm_eq4_images_of_a_batch_have_their_terms_at_their_own_t():
     """t = 1 among others: each image's term is the one that it has alone, and its gradient is finite."""
-    d, t, v = ddpm.Diffusion(BRUTAL), torch.tensor([3, 1, 4, 1]), normal(4, 2, seed=1).requires_grad_()
-    x0 = torch.from_numpy(level(np.array([[0, 255], [255, 0], [7, 90], [128, 200]])))
-    xt = d.q_sample(x0, t, normal(4, 2, seed=2))
+    d, t, v = ddpm.Diffusion(BRUTAL), torch.tensor([3, 1, 4, 1]), normal(4, 1, 2, 1, seed=1).requires_grad_()
+    x0 = torch.from_numpy(level(np.array([[0, 255], [255, 0], [7, 90], [128, 200]]))).reshape(4, 1, 2, 1)
+    xt = d.q_sample(x0, t, normal(4, 1, 2, 1, seed=2))
     got = improved.bound_term(d, x0, xt, t, 0.3 * xt, v)
+    assert got.shape == (4,)
     for i in range(4):
         part = slice(i, i + 1)
         alone = improved.bound_term(d, x0[part], xt[part], int(t[i]), 0.3 * xt[part], v[part])
@@ -339,8 +340,8 @@ def test_iddpm_eq19_the_model_sees_the_steps_by_their_own_numbers():
 
 
 def test_iddpm_eq19_a_grid_that_does_not_increase_from_1_is_refused():
-    for grid in ([2, 2], [3, 1], [0, 4]):
-        with pytest.raises(AssertionError):
+    for grid in ([2, 2], [3, 1], [0, 4], [-1], [5]):
+        with pytest.raises((AssertionError, IndexError)):
             improved.strided(None, ddpm.Diffusion(BRUTAL), grid)
 
 
@@ -432,6 +433,23 @@ def test_sampling_with_learned_variances_asks_clips_and_stops_as_algorithm2():
     same("x0 of T = 1 by another generator", *last)
 
 
+def test_training_and_sampling_work_on_the_device_of_the_images():
+    """t, labels and steps reach the network on the images' device, and so does the result (shown on
+    torch's meta device, which refuses to mix with another)."""
+    d, seen = ddpm.Diffusion(BRUTAL), []
+    x, y = torch.empty(2, 3, device="meta"), torch.zeros(2, device="meta", dtype=torch.int64)
+
+    def net(xt, t, y=None):
+        seen.extend([xt.device.type, t.device.type] + ([y.device.type] if y is not None else []))
+        return torch.cat([xt, xt], dim=1)
+
+    few, short = improved.strided(net, d, [2, 4])
+    results = [improved.loss_hybrid(net, d, x), improved.sample_ancestral(net, d, x),
+               improved.sample_ancestral(few, short, x), improved.drop_labels(y, 3),
+               improved.sample_ancestral(improved.guided(net, y, 3, 0.5), d, x)]  # fmt: skip
+    assert {r.device.type for r in results} == set(seen) == {"meta"}
+
+
 # --- The bound with learned variances ------------------------------------------------------------
 
 
@@ -448,6 +466,8 @@ def test_bound_has_a_row_for_each_fixed_variance_and_one_for_the_learned_on_the_
         if not v:
             close("L_0 with v = 0", got[2, :, 0], fixed[1, :, 0], 1e-12)
     same("the learned row alone", improved.bound_terms(model, d, x0, generator=generator())[0], got[2])
+    alone = improved.bound_terms(model, d, x0[:1], generator=[generator(7)])
+    same("one image", alone, improved.bound_terms(model, d, x0[:1], generator=generator(7)))
 
 
 def test_bound_with_learned_variances_clips_and_refuses_as_the_other():
@@ -554,6 +574,7 @@ def test_cfg_eq6_means_that_w_0_is_conditional_and_w_minus_1_is_not():
     close("eps at w = 1e-12", improved.guided(net, y, NONE, 1e-12)(xt, t), one, 1e-10, 1.0)
     close("eps at w = -1 + 1e-12", improved.guided(net, y, NONE, -1 + 1e-12)(xt, t), none, 1e-10, 1.0)
     close("eps at w = 1", improved.guided(net, y, NONE, 1.0)(xt, t), 2 * one - none, 1e-14, 1 + abs(one))
+    same("eps by default", improved.guided(net, y, NONE)(xt, t), one)
     assert (one - none).abs().min() > 0.01
 
 
