@@ -405,7 +405,7 @@ def load_data(cfg, train):
         classes = CIFAR10_CLASSES
     else:
         images, files = load_folder(cfg.data, parse_size(cfg.size), cfg.channels, cfg.data_dir,
-                                    cfg.skip_broken)
+                                    cfg.skip_broken, cfg.labels)
         labels, classes = folder_labels(cfg.data, files) if cfg.labels else (None, [])
     images = torch.from_numpy(images)[: cfg.limit]
     if not cfg.labels:
@@ -520,7 +520,7 @@ def parse_size(text):
     return H, W
 
 
-def load_folder(folder, size, channels, cache_dir, skip_broken):
+def load_folder(folder, size, channels, cache_dir, skip_broken, labelled=False):
     """Every image under `folder`, centre-cropped: a memory-mapped uint8 (N, C, H, W) cache, and their files.
 
     The cache is their pixels, then their numbers, int32, in the row of all files: broken ones have none.
@@ -532,6 +532,8 @@ def load_folder(folder, size, channels, cache_dir, skip_broken):
     files = sorted(visible_files(root))
     if not files:
         raise Failure(f"--data {folder}: there are no images in it")
+    if labelled:
+        folder_labels(root, files)  # refuses what has none, before the work of decoding
     state = stamps(files)
     key = hashlib.sha256(repr((2, state, size, channels, skip_broken)).encode()).hexdigest()[:16]
     cache = pathlib.Path(cache_dir) / f"{root.resolve().name}-{H}x{W}x{channels}-{key}.u8"

@@ -608,7 +608,7 @@ def calls(draw):
         f = draw(st.sampled_from(fields(module.Config)))
         name = "--" + f.name.replace("_", "-")
         if draw(st.integers(0, 5)):
-            flags += [name] if f.type is bool else [name, draw(fitting(f))]
+            flags += [name] if f.type in (bool, bool | None) else [name, draw(fitting(f))]
         else:
             value = draw(NUMBERS | WORDS | PATHS | TEXTS)
             flags += draw(st.sampled_from([[name, value], [f"{name}={value}"], [name], [value], ["-h"]]))

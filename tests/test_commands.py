@@ -91,6 +91,90 @@ def test_evaluate_prints_the_bound_and_its_terms_for_both_variances(trained, ckp
     close("L_T + rate + distortion", values[:3].sum(0), values[3], 2e-5, 1.0)
 
 
+@pytest.fixture(scope="session")
+def learned(tmp_path_factory):
+    """The checkpoint of a tiny run with learned variances, by the real command."""
+    folder = tmp_path_factory.mktemp("learned")
+    status, _, err = run("train.py", *TINY, "--epochs", 4, "--variance", "learned", cwd=folder)
+    assert status == 0, err
+    return folder / "ckpt.pt"
+
+
+def test_learned_variances_are_trained_sampled_and_evaluated(call, learned, tmp_path):
+    """The network says two halves; all samplers take it; its bound is a third column."""
+    saved = sample.load_checkpoint(learned)
+    assert saved["network"]["out_channels"] == 2 and saved["config"]["variance"] == "learned"
+    drawn = {}
+    for way, how in {
+        "": "ancestral, 20 steps, sigma^2 is learned",
+        "--steps 5": "ancestral, 5 steps, sigma^2 is learned",
+        "--variance beta": "ancestral, 20 steps, sigma^2 = beta,",
+        "--steps 5 --eta 0": "DDIM, 5 steps, eta 0",
+        "--steps 5 --variance beta_tilde": "ancestral, 5 steps, sigma^2 = beta_tilde",
+    }.items():  # fmt: skip
+        status, out, err = call(sample, "--ckpt", learned, "--out", "a.npz", "--n", 2, *way.split())
+        assert status == 0 and how in out, (out, err)
+        drawn[way] = np.load("a.npz")["arr_0"].tobytes()
+    assert len(set(drawn.values())) == 5
+    status, out, err = call(evaluate, "--ckpt", learned, "--n", 4)
+    assert status == 0 and "sigma^2 learned" in out.splitlines()[1], err
+    assert all(line.count("±") == 3 for line in out.splitlines()[2:])
+
+
+def test_a_run_with_learned_variances_is_resumed_bit_for_bit(call, tmp_path):
+    """Four epochs at once, and two and two."""
+    flags = [*TINY, "--variance", "learned", "--decay", "none"]
+    for command in ([*flags, "--epochs", 4], [*flags, "--epochs", 2, "--out", "b.pt"],
+                    ["--resume", "b.pt", "--epochs", 4]):  # fmt: skip
+        assert call(train, *command)[0] == 0
+    a, b = (sample.load_checkpoint(tmp_path / name) for name in ("ckpt.pt", "b.pt"))
+    for part in ("model", "ema", "optimizer", "step"):
+        assert equal(a[part], b[part]), f"{part} differs"
+    status, _, err = call(train, "--resume", "b.pt", "--epochs", 5, "--variance", "fixed")
+    assert status == 2 and "--variance fixed: the run to resume has learned" in err
+
+
+def test_training_drops_labels_so_that_no_label_is_learned_too(call):
+    """A tenth of them: the last row of the label table, "no label", is moved as the others are."""
+    assert call(train, *TINY, "--epochs", 4, "--decay", "none")[0] == 0
+    saved = sample.load_checkpoint("ckpt.pt")
+    torch.manual_seed(train.mixed(0, 0))
+    first = train.ddpm.UNet(**saved["network"]).label.weight.detach()
+    moved = (saved["model"]["label.weight"] - first).norm(dim=1)
+    assert moved.shape == (11,) and (moved > 0).all(), moved
+
+
+def test_labels_are_the_classes_asked_for_in_turn_and_a_grid_has_one_a_row():
+    """class_labels: labels and rows; the grid is filled column by column."""
+    names = ["cat", "dog", "a,b", "eel"]
+    for label, n, labels, rows in (
+        (None, 6, [0, 1, 2, 3, 0, 1], 4), ("all", 5, [0, 1, 2, 3, 0], 4), ("dog", 3, [1, 1, 1], 2),
+        ("eel, cat", 3, [3, 0, 3], 2), ("a,b", 1, [2], 1), (None, 2, [0, 1], 2),
+    ):  # fmt: skip
+        got, shape = sample.class_labels(names, label, n)
+        assert (got.tolist(), shape) == (labels, rows)
+    assert sample.class_labels(names)[0].tolist() == [0, 1, 2, 3] * 8
+    assert len(sample.class_labels(names, "cat")[0]) == len(sample.class_labels([])[0]) == 64
+    images = np.full((5, 64, 64, 1), 0, np.uint8)
+    images += np.arange(1, 6, dtype=np.uint8)[:, None, None, None]
+    sheet = np.asarray(sample.grid(images, 2))[30::66, 30::66]
+    assert sheet.tolist() == [[1, 3, 5], [2, 4, 255]]
+
+
+def test_guidance_0_is_the_class_and_minus_1_no_class_at_all(call, ckpt):
+    """One seed: w = 0 is the default; at w = -1 the label has no say; w = 2 goes beyond both."""
+    def draw(*flags):
+        status, out, err = call(sample, "--ckpt", ckpt, "--out", "a.npz", "--n", 3, "--steps", 4, *flags)
+        assert status == 0, err
+        return np.load("a.npz")["arr_0"], out
+
+    ways = [], ["--guidance", 0], ["--guidance", 2]
+    plain, zero, two = (draw("--label", "3", *flags)[0] for flags in ways)
+    free, said = draw("--label", "3", "--guidance", -1)
+    assert (plain == zero).all() and (plain != two).any() and (plain != free).any() and "w = -1" in said
+    assert (free == draw("--label", "7,1", "--guidance", -1)[0]).all()
+
+
 @pytest.mark.parametrize("out", ["a.gif", "a.WEBP", "a.npz", "a/"])
 def test_sample_writes_animations_arrays_and_folders(call, trained, ckpt, tmp_path, out):
     C, H, W = sample.load_checkpoint(ckpt)["shape"]
@@ -353,6 +437,38 @@ def test_what_a_killed_writer_left_is_cleared_after_an_hour(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == [young.name, "a.pt"]
 
 
+def test_a_folders_subfolders_are_its_classes(call, tmp_path):
+    """Every image has the label of its folder, also where some files are broken; sample and evaluate
+    know the names; images in no folder are refused."""
+    for i, name in enumerate(["big dog", "cat", "cat", "eel", "cat"]):
+        (tmp_path / "pets" / name / "deep").mkdir(parents=True, exist_ok=True)
+        grey = Image.new("L", (8, 8), 10 + {"big dog": 0, "cat": 100, "eel": 200}[name])
+        grey.save(tmp_path / "pets" / name / "deep" / f"{i}.png")
+    (tmp_path / "pets" / "cat" / "broken.png").write_text("no image")
+    tiny = ["--batch-size", 4, "--width", 8, "--timesteps", 5, "--device", "cpu", "--epochs", 1, "--size", 8]
+    flags = ["--data", "pets", "--labels", "--channels", 1, "--skip-broken", *tiny]
+    for _ in range(2):  # decoded, and from the cache
+        status, out, err = call(train, *flags)
+        assert status == 0 and "5 images, 8x8x1, 3 classes" in out, err
+    saved = sample.load_checkpoint("ckpt.pt")
+    assert saved["classes"] == ["big dog", "cat", "eel"] and saved["network"]["num_classes"] == 3
+    images, labels, _ = train.load_data(train.Config(**train.settings_of(saved)), train=True)
+    assert ((images[:, 0, 0, 0] - 10) // 100).tolist() == labels.tolist() == [0, 1, 1, 1, 2]
+    assert call(sample, "--ckpt", "ckpt.pt", "--out", "a.npz", "--n", 3, "--label", "eel,big dog")[0] == 0
+    assert np.load("a.npz")["arr_1"].tolist() == [2, 0, 2]
+    status, out, err = call(evaluate, "--ckpt", "ckpt.pt", "--n", 2, "--skip-broken")
+    assert status == 0 and "2 images it was trained on" in out, err
+    (tmp_path / "pets" / "fox").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "pets" / "fox" / "a.png")
+    status, _, err = call(evaluate, "--ckpt", "ckpt.pt", "--skip-broken")
+    assert status == 1 and "knows no class fox" in err
+    status, _, err = call(train, "--resume", "ckpt.pt", "--epochs", 2)
+    assert status == 1 and "its classes are not those with which this run began" in err
+    Image.new("L", (8, 8)).save(tmp_path / "pets" / "lost.png")
+    status, _, err = call(train, *flags)
+    assert status == 1 and "lost.png: is in no subfolder" in err and err.count("\n") == 2
+
+
 def test_training_sampling_and_evaluating_a_folder_of_images(call, album, tmp_path):
     """Anyone's images, not square, grey; the checkpoint knows their size."""
     tiny = ["--batch-size", 4, "--width", 8, "--timesteps", 5, "--device", "cpu", "--epochs", 1]
@@ -421,6 +537,10 @@ def test_cifar10_is_found_unpacked_with_its_pixels_in_place(cifar):
         raw = np.fromfile(cifar / train.CIFAR10 / "test_batch.bin", np.uint8)
         assert test.shape == (10, 3, 32, 32) and (test[0].ravel() == raw[1:3073]).all()
         assert (labels == raw[::3073]).all()
+    cfg = train.Config(data="cifar10", data_dir=str(cifar), limit=7)
+    assert train.load_data(train.with_recipe(cfg), train=False)[1] is None
+    _, labels, classes = train.load_data(train.replace(cfg, labels=True), train=False)
+    assert labels.tolist() == raw[: 7 * 3073 : 3073].tolist() and classes[3:6] == ["cat", "deer", "dog"]
 
 
 def test_cifar10_is_downloaded_checked_and_unpacked_once(server, tmp_path):
@@ -492,7 +612,11 @@ def test_cifar10_without_a_network_names_the_three_ways_out(call, monkeypatch):
     (sample, "--out a.png", "arguments are required: --ckpt"),
     (sample, "--ckpt {ckpt} --out a.jpg", "must end in .png, .gif, .webp, .npz, or in / for a folder"),
     (sample, "--ckpt {ckpt} --out a.png --steps 21", "the checkpoint has T = 20 steps"),
-    (sample, "--ckpt {ckpt} --out a.png --steps 5 --variance beta", "--variance is for all T steps"),
+    (sample, "--ckpt {ckpt} --out a.png --eta 0 --variance beta", "--eta is DDIM's and --variance"),
+    (sample, "--ckpt {ckpt} --out a.png --variance learned", "this network has learned none"),
+    (sample, "--ckpt {ckpt} --out a.png --guidance -2", "--guidance: -2 is impossible"),
+    (sample, "--ckpt {ckpt} --out a.png --label 7,Q", "--label Q: not a class of this checkpoint"),
+    (train, "--variance guessed", "invalid choice: 'guessed'"),
     (sample, "--ckpt {ckpt} --out a.gif --n 99999 --steps 1", "too many for one .gif picture"),
     (sample, "--ckpt {ckpt} --out a.png --eta 2", "--eta: 2 is impossible"),
     (sample, "--ckpt {ckpt} --out a.png --label Q", "--label Q: not a class of this checkpoint; its classes"),
@@ -531,7 +655,8 @@ def test_a_wrong_call_is_one_line_and_status_2(call, ckpt, tmp_path, module, fla
     (sample, "--ckpt {ckpt} --out nowhere/a.png", "there is no folder nowhere"),
     (sample, "--ckpt {ckpt} --out full/", "the folder is not empty"),
     (sample, "--ckpt {ckpt} --out .", "the folder is not empty"),
-    (evaluate, "--ckpt {ckpt} --data nowhere", "the network wants the labels of glyphs"),
+    (evaluate, "--ckpt {ckpt} --data nowhere", "there is no such folder"),
+    (evaluate, "--ckpt {ckpt} --data full", "a.png: is in no subfolder"),
 ])  # fmt: skip
 def test_a_failing_world_is_one_line_and_status_1(call, ckpt, tmp_path, module, flags, words):
     whole = ckpt.read_bytes()
