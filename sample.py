@@ -47,13 +47,13 @@ class Config:
         "(N, H, W, C) as arr_0, labels as arr_1; X/: a folder of PNGs")
     n: int | None = flag(None, "number of images (default: 64, or up to 8 of each class)", low=1)
     steps: int | None = flag(
-        None, "all T: ancestral sampling (the default); fewer: DDIM on an even grid, or, with "
-        "--variance, ancestral sampling there", low=1)
+        None, "of T, evenly; all: ancestral sampling (the default); fewer: DDIM, or ancestral sampling if "
+        "--variance is given or learned", low=1)
     eta: float | None = flag(
         None, "noise of DDIM, from 0 (none, its default) to 1; given, DDIM is used", low=0, high=1)
     variance: str | None = flag(
-        None, "sigma^2 of ancestral sampling, on any number of steps (default: learned, at any number, "
-        "if the network has learned it; else beta)", choices=("beta", "beta_tilde", "learned"))
+        None, "sigma^2 of ancestral sampling (default: learned, if the network has learned it; else beta)",
+        choices=("beta", "beta_tilde", "learned"))
     label: str | None = flag(
         None, "classes by name, such as 7 or cat,dog; all: every one (the default); a grid has one a row")
     guidance: float | None = flag(

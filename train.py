@@ -206,9 +206,10 @@ def main(cfg, given):
     def draw_grid(epoch):
         if rank == 0:
             y, rows = sample.class_labels(classes)
+            how = dict(variance="learned") if cfg.variance == "learned" else dict(eta=1.0)
             parts = [slice(i, i + B) for i in range(0, len(y), B)]  # no more at a time than training takes
             x0 = torch.cat([sample.sample(ema, d, shape, range(len(y))[part], y[part] if classes else None,
-                                          min(50, d.T), eta=1.0) for part in parts])  # fmt: skip
+                                          min(50, d.T), **how) for part in parts])  # fmt: skip
             path = pathlib.Path(cfg.out).with_suffix(f".{epoch:04d}.png")
             with replacing(path) as file:
                 sample.grid(sample.to_uint8(x0), rows).save(file, "PNG")
