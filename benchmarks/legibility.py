@@ -1,12 +1,12 @@
-"""How many sampled glyphs can be read: the nearest of many drawn glyphs, whose characters are known, tells.
+"""Which characters sampled glyphs are, and how clear: by the nearest of many drawn glyphs that are known.
 
     python sample.py --ckpt ckpt.pt --out samples.npz --n 1000 --steps 50 --eta 1
-    python benchmarks/legibility.py samples.npz
+    python benchmarks/legibility.py samples.npz [more.npz ..]
 
-Each image is compared with TEMPLATES drawn glyphs of random place, size, slant and turn. It is legible
-if the nearest one is as near as that of 99% of held-out glyphs; and it is the character that was asked
-for if that is the nearest one's. Held-out glyphs are the ceiling; glyphs laid over one another, and
-glyphs with their lower half pushed aside, say what the measure lets pass.
+Each image is compared with TEMPLATES drawn glyphs of random place, size, slant and turn. "As asked":
+the nearest one is the character that was asked for. "Clear": it is, whatever it is, as near as that of
+99% of real glyphs. Held-out glyphs are the ceiling; glyphs laid over one another, and glyphs with their
+lower half pushed aside, say what the measure lets pass.
 """
 
 import pathlib
@@ -46,11 +46,11 @@ def main(paths):
     for path in paths:
         file = np.load(path)
         rows.append((f"samples of {path}", file["arr_0"], file["arr_1"]))
+    print("as asked    clear  of")
     for name, images, asked in rows:
         far, i = nearest(flat(images), templates)
-        legible, right = far <= limit, characters[i] == torch.from_numpy(asked).long()
-        shares = legible.float().mean(), (legible & right).float().mean()
-        print("legible: {:7.2%}, and as asked: {:7.2%}, of {:,} {}".format(*shares, len(images), name))
+        as_asked, clear = characters[i] == torch.from_numpy(asked).long(), far <= limit
+        print(f"{as_asked.float().mean():8.1%} {clear.float().mean():8.1%}  {len(images):,} {name}")
 
 
 if __name__ == "__main__":
