@@ -84,7 +84,7 @@ class Config:
     width: int | None = own("width", "channels at full resolution", low=4, high=8192)
     seed: int = flag(0, "of the weights and of all that is drawn", low=0, high=2**31)
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps, ..")
-    precision: str = flag("auto", "auto: bf16 where the GPU has it", choices=("auto", "fp32", "bf16"))
+    precision: str = flag("auto", "auto: bf16 where the hardware has it", choices=("auto", "fp32", "bf16"))
     compile: bool = flag(False, "torch.compile the network: slow to start, faster on a GPU")
     out: str = flag("ckpt.pt", "checkpoint to write; sample grids go beside it")
     resume: str | None = flag(None, "checkpoint to go on from, with its settings; it is also --out")
@@ -129,7 +129,7 @@ def main(cfg, given):
     if world > 1 and rank == 0:
         dist.barrier()
     shape, N, B = tuple(images.shape[1:]), len(images), cfg.batch_size
-    bf16 = cfg.precision == "bf16" or (cfg.precision == "auto" and pays_bf16(device))
+    bf16 = sample.in_bf16(cfg.precision, device)
     torch.set_float32_matmul_precision("high" if bf16 else "highest")
 
     torch.manual_seed(mixed(cfg.seed, 0))
@@ -293,11 +293,6 @@ def update(model, d, batch, optimizer, lr, ema, decay, bf16=False, objective=ddp
     with torch.no_grad():  # or the graph of every step so far would stay in memory
         torch._foreach_lerp_(list(ema.parameters()), params, 1 - decay)
     return loss.detach(), norm
-
-
-def pays_bf16(device):
-    """Whether the device computes faster in bf16 than in float32."""
-    return device.type == "cuda" and torch.cuda.is_bf16_supported()
 
 
 def interrupt(stop, number):

@@ -15,7 +15,7 @@ import torch
 from train_speed import contestants, diffusers_network, flags, table, title
 
 import ddpm
-import train
+import sample
 
 STEPS = 2
 
@@ -73,7 +73,7 @@ def denoising_diffusion_pytorch(x):
 
 def main():
     given = flags(__doc__, 512)
-    bf16 = train.pays_bf16(given.device)
+    bf16 = sample.in_bf16("auto", given.device)
     x = torch.randn(given.batch_size, 3, 32, 32, device=given.device)
     found = contestants({
         "ddpm.py": lambda: ours(x, bf16, given.compile),

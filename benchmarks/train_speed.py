@@ -186,7 +186,7 @@ def title(device, B, bf16, compiled):
 
 def main():
     given = flags(__doc__, 128)
-    bf16 = train.pays_bf16(given.device)
+    bf16 = sample.in_bf16("auto", given.device)
     x = (torch.rand(given.batch_size, 3, 32, 32) * 2 - 1).to(given.device)
     found = contestants({
         "ddpm.py": lambda: ours(x, bf16, given.compile),

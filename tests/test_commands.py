@@ -161,6 +161,17 @@ def test_labels_are_the_classes_asked_for_in_turn_and_a_grid_has_one_a_row():
     assert sheet.tolist() == [[1, 3, 5], [2, 4, 255]]
 
 
+def test_bfloat16_draws_nearly_the_same_picture(call, ckpt):
+    """Tables and samples stay float32; the network alone is rounded to 8 bits."""
+    drawn = []
+    for precision in ("fp32", "bf16"):
+        how = ["--ckpt", ckpt, "--out", "a.npz", "--n", 4, "--precision", precision, "--device", "cpu"]
+        assert call(sample, *how)[0] == 0
+        drawn.append(np.load("a.npz")["arr_0"].astype(int))
+    off = abs(drawn[0] - drawn[1])
+    assert 0 < off.mean() < 2, off.mean()
+
+
 def test_guidance_0_is_the_class_and_minus_1_no_class_at_all(call, ckpt):
     """One seed: w = 0 is the default; at w = -1 the label has no say; w = 2 goes beyond both."""
     def draw(*flags):

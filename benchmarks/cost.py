@@ -1,0 +1,123 @@
+"""How the cost grows: a training step's with batch, width and image size; a folder's with its images.
+
+    python benchmarks/cost.py                      on this machine; on a CPU, from a smaller network
+    python benchmarks/cost.py --device cuda
+    python benchmarks/cost.py --seconds 20         a row ends where a step takes longer (default: 10)
+
+Each network is measured in a process of its own. A step is train.update's: noise, forward, backward,
+clipping, Adam, moving average. Memory is the process's peak, on a GPU the allocator's. A folder's
+images are linked from a few files of 32x32, so that it is their number that is measured.
+"""
+
+import argparse
+import copy
+import multiprocessing
+import os
+import pathlib
+import resource
+import statistics
+import sys
+import tempfile
+import time
+
+import numpy as np
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+import ddpm
+import sample
+import train
+
+SWEEPS = {
+    "batch": (16, 32, 64, 128, 256, 512, 1024),
+    "width": (32, 64, 128, 256),
+    "size": (32, 64, 128, 256),
+}
+
+
+def step_cost(device, batch, width, size):
+    """(seconds, bytes) of a training step, the median of three after the first."""
+    device = torch.device(device)
+    cfg = train.with_recipe(train.Config(data="folder", size=str(size), channels=3, width=width))
+    network = train.network_for(cfg, (3, size, size), 0)
+    net = ddpm.UNet(**network).to(device, memory_format=torch.channels_last)
+    ema = copy.deepcopy(net).requires_grad_(False)
+    optimizer = torch.optim.Adam(net.parameters(), 2e-4, fused=True)
+    d, bf16 = ddpm.Diffusion(ddpm.linear_schedule()), sample.in_bf16("auto", device)
+    x0 = torch.rand(batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
+    seconds = []
+    for _ in range(4):
+        began = time.perf_counter()
+        one = (x0, None, torch.randint(1, d.T + 1, (batch,)), torch.randn_like(x0))
+        train.update(lambda xt, t, y: net(xt, t), d, one, optimizer, 2e-4, ema, 0.9999, bf16)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    if device.type == "cuda":
+        return statistics.median(seconds[1:]), torch.cuda.max_memory_allocated()
+    return statistics.median(seconds[1:]), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def alone(function, *arguments):
+    """function(*arguments) in a process of its own, so that nothing is warm but it."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
+def sweep(name, device, base, limit):
+    """Prints a row for each value of one of batch, width and size, the others at the base."""
+    for value in SWEEPS[name]:
+        at = {**base, name: value}
+        seconds, memory = alone(step_cost, str(device), *at.values())
+        print(f"{at['batch']:6} {at['width']:6} {at['size']:5} {seconds:10.3f} "
+              f"{at['batch'] / seconds:10.1f} {memory / 1e9:8.2f} GB", flush=True)  # fmt: skip
+        if seconds > limit:
+            print(f"        beyond it, {name} is left out: a step would take longer than {limit:g} s")
+            break
+
+
+def folder_cost(N):
+    """Seconds to read N images the first time and later, batches of 128 a second, bytes."""
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as root:
+        folder = pathlib.Path(root, "images")
+        folder.mkdir()
+        for i in range(8):
+            Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(folder / f"{i}.png")
+        for i in range(8, N):
+            os.link(folder / f"{i % 8}.png", folder / f"{i}.png")
+        seconds = []
+        for _ in range(2):
+            began = time.perf_counter()
+            images, _ = train.load_folder(str(folder), (32, 32), 3, root, False)
+            seconds.append(time.perf_counter() - began)
+        images = torch.from_numpy(images)
+        began = time.perf_counter()
+        for step in range(200):
+            images[train.places(step, 128, N, 0)].float()
+        rate = 200 / (time.perf_counter() - began)
+    return *seconds, rate, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--seconds", type=float, default=10)
+    given = parser.parse_args()
+    device = sample.pick_device(given.device)
+    cuda = device.type == "cuda"
+    base = dict(batch=128, width=128, size=32) if cuda else dict(batch=16, width=32, size=32)
+    name = torch.cuda.get_device_name(device) if cuda else f"{torch.get_num_threads()} CPU threads"
+    print(f"{name}, torch {torch.__version__}, {'bf16' if sample.in_bf16("auto", device) else 'float32'}")
+    print(f"{'batch':>6} {'width':>6} {'size':>5} {'s/step':>10} {'images/s':>10} {'memory':>11}")
+    for what in SWEEPS:
+        sweep(what, device, base, given.seconds)
+    print(f"\n{'images':>8} {'read (s)':>10} {'later (s)':>10} {'batches/s':>10} {'memory':>11}")
+    for N in (1_000, 10_000, 100_000):
+        first, later, rate, memory = alone(folder_cost, N)
+        print(f"{N:8,} {first:10.1f} {later:10.2f} {rate:10.0f} {memory / 1e9:8.2f} GB", flush=True)
+
+
+if __name__ == "__main__":
+    main()
