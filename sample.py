@@ -510,12 +510,15 @@ class Progress:
         left = duration((self.total - done) / rate) if rate > 0 else "?"
         speed = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
         line = f"{self.what}: {done / self.total:4.0%}  {note}  {speed} {self.unit}/s  {left} left"
-        print(f"\r{line}\x1b[K" if self.tty else line, end="" if self.tty else "\n",
-              file=sys.stderr, flush=True)
+        self.show(f"\r{line}\x1b[K" if self.tty else f"{line}\n")
 
     def close(self):
         if self.tty:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+            self.show("\r\x1b[K")
+
+    def show(self, text):
+        with contextlib.suppress(OSError):  # the terminal was closed: no reason to lose the work
+            print(text, end="", file=sys.stderr, flush=True)
 
 
 def duration(seconds):

@@ -8,6 +8,7 @@
 """
 
 import concurrent.futures
+import contextlib
 import copy
 import functools
 import hashlib
@@ -215,8 +216,9 @@ def main(cfg, given):
                 sample.grid(sample.to_uint8(x0), rows).save(file, "PNG")
 
     stop = []
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, lambda number, frame: interrupt(stop, number))
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the last: the terminal was closed
+        if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:  # as under nohup
+            signal.signal(signum, lambda number, frame: interrupt(stop, number))
     progress = Progress("training", steps, "steps", step) if rank == 0 else None
     every = cfg.epochs // 10 or 1 if cfg.sample_every is None else cfg.sample_every
     losses, since = torch.zeros(2, device=device), (step, time.monotonic())
@@ -256,8 +258,8 @@ def main(cfg, given):
                                           lr=rate(cfg, step - 1, steps))), file=file)
         if epoch_ends and rank == 0:
             progress.close()
-            print(f"epoch {min(epoch, cfg.epochs)} of {cfg.epochs}: loss {seen[0] / seen[1]:.4f}, "
-                  f"{duration(now - epoch_began)}", flush=True)
+            say(f"epoch {min(epoch, cfg.epochs)} of {cfg.epochs}: loss {seen[0] / seen[1]:.4f}, "
+                f"{duration(now - epoch_began)}")
             seen, epoch_began = torch.zeros(2), now
         grid_due = every and (epoch // every > (step - 1) * B // N // every or step == steps)
         if stop or grid_due or step == steps or now - saved_at > 600:
@@ -266,7 +268,7 @@ def main(cfg, given):
         if stop and step < steps:
             if rank == 0:
                 progress.close()
-                print(f"stopped at step {step} of {steps}; go on with --resume {shlex.quote(cfg.out)}")
+                say(f"stopped at step {step} of {steps}; go on with --resume {shlex.quote(cfg.out)}")
             if world > 1:
                 dist.barrier()  # torchrun ends all when one has ended: the first must have saved
             sys.exit(128 + stop[0])
@@ -293,6 +295,12 @@ def update(model, d, batch, optimizer, lr, ema, decay, bf16=False, objective=ddp
     with torch.no_grad():  # or the graph of every step so far would stay in memory
         torch._foreach_lerp_(list(ema.parameters()), params, 1 - decay)
     return loss.detach(), norm
+
+
+def say(line):
+    """Prints it, or not, if there is nowhere to print to any more: no reason to lose the run."""
+    with contextlib.suppress(OSError):
+        print(line, flush=True)
 
 
 def interrupt(stop, number):

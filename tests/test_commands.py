@@ -1,5 +1,6 @@
 """The commands as a user runs them: train.py, sample.py, evaluate.py, their files and their refusals."""
 
+import fcntl
 import http.server
 import json
 import os
@@ -11,6 +12,7 @@ import socket
 import subprocess
 import sys
 import tarfile
+import termios
 import threading
 
 import numpy as np
@@ -311,6 +313,23 @@ def test_a_run_that_is_interrupted_and_resumed_equals_one_that_is_not(call, tmp_
     a, b = (sample.load_checkpoint(tmp_path / name) for name in ("a.pt", "b.pt"))
     for part in ("model", "ema", "optimizer", "step"):
         assert equal(a[part], b[part]), f"{part} differs"
+
+
+def test_a_terminal_that_is_closed_ends_the_run_with_a_checkpoint(tmp_path):
+    """As a lost ssh connection does: SIGHUP, and nowhere left to write to."""
+    leader, follower = pty.openpty()
+    flags = [*TINY, "--epochs", 500, "--batch-size", 4]
+    process = subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, flags)], cwd=tmp_path,
+                               stdout=follower, stderr=follower, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                               preexec_fn=lambda: (os.setsid(), fcntl.ioctl(follower, termios.TIOCSCTTY, 0)))
+    os.close(follower)
+    shown = b""
+    while b"epoch 1 of 500:" not in shown:
+        shown += os.read(leader, 1000)
+    os.close(leader)
+    process.wait(timeout=60)
+    assert process.returncode > 0, "killed, not ended"
+    assert sample.load_checkpoint(tmp_path / "ckpt.pt")["step"] >= 16
 
 
 def test_two_processes_make_the_same_run_as_one(tmp_path):
