@@ -9,7 +9,7 @@ SEED = 0  # of every draw that Hypothesis does not make; conftest.py sets it
 EPS = np.finfo(np.float64).eps
 EPS32 = np.finfo(np.float32).eps
 
-ALPHA = 5e-7  # false-alarm rate of each statistical assertion, two-sided: 8.2e-5 for all 163
+ALPHA = 5e-7  # false-alarm rate of each statistical assertion, two-sided: 1e-4 for all 200
 Z = stats.norm.isf(ALPHA / 2)  # 5.03 standard errors
 
 
