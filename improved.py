@@ -7,14 +7,14 @@ ddpm.UNet(C, 2 * C). A labelled one is (xt, t, y) -> ..., with y (B,) int64 in 0
 "no label", such as ddpm.UNet(num_classes=K).
 
     1  learned variances     iDDPM eq. 15                  variance
-    2  hybrid loss           iDDPM eq. 4, iDDPM eq. 16     bound_term, loss_hybrid
+    2  hybrid loss           iDDPM eq. 6, iDDPM eq. 16     bound_term, loss_hybrid
     3  sampling              iDDPM eq. 19                  strided, sample_ancestral
     4  likelihood bound                                    bound_terms
     5  guidance              CFG Algorithm 1, CFG eq. 6    drop_labels, guided
 
 Not in the text of iDDPM, but in its authors' code:
     - At t = 1, where beta_tilde is 0, beta_tilde_2 stands for it: lowest.
-    - L_vlb is in bits/dim, T times the term of one t per image, and does not clip x0: loss_hybrid.
+    - L_vlb is counted in bits/dim, and x0 is not clipped in it: loss_hybrid.
 Unlike that code, v is the network's output, as printed, and not (output + 1) / 2.
 """
 
@@ -36,7 +36,8 @@ def lowest(d):
 
 def variance(d, t, v):
     """iDDPM eq. 15: sigma_t^2 = exp(v log beta_t + (1 - v) log beta_tilde_t); as v (B, ...)."""
-    return torch.exp(v * at(d.beta.log(), t, v) + (1 - v) * at(lowest(d).log(), t, v))
+    low = lowest(d)  # log beta - log low, and not 1 - v: in bfloat16, that and its gradient cancel
+    return torch.exp(at(low.log(), t, v) + v * at((d.beta / low).log(), t, v))
 
 def halves(model, xt, t):
     """What a model with learned variances says of xt: eps and v, each of xt's shape."""
@@ -51,17 +52,17 @@ def eps_only(model):
 # --- 2. The hybrid loss --------------------------------------------------------------------------
 
 def bound_term(d, x0, xt, t, eps, v, clip=True):
-    """iDDPM eq. 4: L_{t-1} in bits/dim (B,), for the eps and v that the model says at xt and t.
-    t in 1..T is an int or (B,) int64 on the CPU; at t = 1, x0 is on the 256 levels."""
+    """iDDPM eq. 6: L_{t-1} in bits/dim (B,), for the eps and v that the model says at xt and t;
+    at t = 1 it is L_0, the decoder. t in 1..T: an int or (B,) int64 on the CPU."""
     mean, sigma2 = d.p_mean(xt, t, eps, clip), variance(d, t, v)
     kl = ddpm.normal_kl(d.posterior_mean(x0, xt, t), at(lowest(d), t, x0), mean, sigma2)
-    decoder = -ddpm.discretized_log_likelihood(x0, mean, sigma2)
-    nats = torch.where(at(d.beta_tilde, t, x0) > 0, kl, decoder)  # beta_tilde is 0 at t = 1 only
-    return nats.flatten(1).mean(1) / math.log(2)
+    later = at(d.beta_tilde, t, x0) > 0  # than t = 1; a decoder that is not asked must not overflow
+    decoder = -ddpm.discretized_log_likelihood(x0, mean, torch.where(later, 1.0, sigma2))
+    return torch.where(later, kl, decoder).flatten(1).mean(1) / math.log(2)
 
 def loss_hybrid(model, d, x0, t=None, eps=None, weight=0.001):
     """iDDPM eq. 16: L_simple + weight * L_vlb, which teaches v alone: its eps is detached.
-    t and eps are as in ddpm.loss_simple, drawn where they are not given."""
+    x0 is on the 256 levels; t and eps as in ddpm.loss_simple, drawn where they are not given."""
     t = torch.randint(1, d.T + 1, (len(x0),)) if t is None else t
     eps = torch.randn_like(x0) if eps is None else eps
     xt = d.q_sample(x0, t, eps)
@@ -118,7 +119,7 @@ def guided(net, y, none, w=0.0):
     """CFG eq. 6: a model of eps = (1 + w) eps(xt, y) - w eps(xt, none), by one call of net a step.
 
     w = 0 is the conditional model, w = -1 the unconditional one. Others write s = 1 + w, where
-    those are s = 1 and s = 0. Learned variances are those given y.
+    those are s = 1 and s = 0. Learned variances are those given y, unless w = -1.
     """
     def model(xt, t):
         if w in (0, -1):  # one of the two is all of it

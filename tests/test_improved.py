@@ -122,11 +122,11 @@ def test_iddpm_the_papers_network_with_learned_variances_has_35749766_parameters
     assert sum(p.numel() for p in net.parameters()) == ref.unet_parameter_count(out_channels=6) == 35_749_766
 
 
-# --- iDDPM eq. 4: a term of the bound ------------------------------------------------------------
+# --- iDDPM eq. 5, eq. 6: a term of the bound -----------------------------------------------------
 
 
 @given(case=cases(), v=fractions)
-def test_iddpm_eq4_term_is_the_kl_of_the_posterior_and_the_models_step_in_bits(case, v):
+def test_iddpm_eq6_term_is_the_kl_of_the_posterior_and_the_models_step_in_bits(case, v):
     """L_{t-1} = KL(N(mu_tilde, beta_tilde) || N(mu_theta, sigma^2)) / log 2 for t > 1, of each image a
     mean over its dimensions."""
     if case.t == 1:
@@ -144,7 +144,7 @@ def test_iddpm_eq4_term_is_the_kl_of_the_posterior_and_the_models_step_in_bits(c
 
 
 @given(k=st.integers(0, 255), v=fractions, x1=st.floats(-2, 2))
-def test_iddpm_eq4_term_at_t1_is_the_decoder_with_the_learned_variance(k, v, x1):
+def test_iddpm_eq5_term_at_t1_is_the_decoder_with_the_learned_variance(k, v, x1):
     """L_0 = -log2 of the mass that N(mu_theta, sigma_1^2) puts on x0's bin; no KL."""
     d, x0, xt = ddpm.Diffusion(MILD), f64([level(k)]), f64([x1])
     got = improved.bound_term(d, x0, xt, 1, 0.5 * xt, f64([v]))
@@ -153,7 +153,7 @@ def test_iddpm_eq4_term_at_t1_is_the_decoder_with_the_learned_variance(k, v, x1)
     close("L_0", got, want, 1e-9, 1 + abs(want))
 
 
-def test_iddpm_eq4_images_of_a_batch_have_their_terms_at_their_own_t():
+def test_iddpm_eq6_images_of_a_batch_have_their_terms_at_their_own_t():
     """t = 1 among others: each image's term is the one that it has alone, and its gradient is finite."""
     d, t, v = ddpm.Diffusion(BRUTAL), torch.tensor([3, 1, 4, 1]), normal(4, 1, 2, 1, seed=1).requires_grad_()
     x0 = torch.from_numpy(level(np.array([[0, 255], [255, 0], [7, 90], [128, 200]]))).reshape(4, 1, 2, 1)
@@ -168,7 +168,19 @@ def test_iddpm_eq4_images_of_a_batch_have_their_terms_at_their_own_t():
     assert v.grad.isfinite().all()
 
 
-def test_iddpm_eq4_term_clips_x0_as_the_sampler_does():
+@pytest.mark.parametrize("v", [-30.0, -3.0, 0.0, 10.0, 30.0])
+def test_iddpm_eq6_gradients_are_finite_whatever_v(v):
+    """Nothing bounds v: where L_{t-1} is finite in float32, so is its gradient, on the paper's schedule.
+    At t = 1 a decoder of no width at all is as wrong as can be: there, v down to -3."""
+    d, t = ddpm.Diffusion(ref.linear_beta(1000)), torch.tensor([1, 2, 3, 10, 300, 1000])[v < -3 :]
+    x0 = torch.from_numpy(level(np.array([0, 7, 128, 200, 255, 255])))[v < -3 :, None].float()
+    said = torch.full_like(x0, v).requires_grad_()
+    term = improved.bound_term(d, x0, d.q_sample(x0, t, 0.7 + 0 * x0), t, 0.5 + 0 * x0, said)
+    term.sum().backward()
+    assert term.isfinite().all() and said.grad.isfinite().all(), (term, said.grad)
+
+
+def test_iddpm_eq6_term_clips_x0_as_the_sampler_does():
     """By default, a model whose x0 is 3 is judged as one whose x0 is 1."""
     d, white = ddpm.Diffusion(BRUTAL), torch.ones(4, 1, dtype=torch.float64)
     xt = normal(4, 1)
@@ -233,17 +245,46 @@ def test_iddpm_eq16_v_learns_from_L_vlb_with_a_weight_of_a_thousandth():
         close(f"gradient in v at t = {t}", got[i], 0.001 * 4 * slope / LN2 / 10, 1e-6, 1e-3 + abs(slope))
 
 
-def test_iddpm_eq16_is_L_simple_plus_a_thousandth_of_L_vlb_in_bits_per_dimension():
+@pytest.mark.parametrize("how", [{}, {"weight": 0.1}], ids=["0.001, the default", "0.1"])
+def test_iddpm_eq16_is_L_simple_plus_the_weight_times_L_vlb_in_bits_per_dimension(how):
     """L_vlb by one t per image: T times the mean of their terms, x0 not clipped."""
     d, (_, x0, eps, model) = ddpm.Diffusion(BRUTAL), a_batch()
-    got = improved.loss_hybrid(model, d, x0, T_OF_EACH, eps)
+    got = improved.loss_hybrid(model, d, x0, T_OF_EACH, eps, **how)
     theta, v = model.out.detach().chunk(2, dim=1)
     simple = ddpm.loss_simple(lambda xt, t: theta, d, x0, T_OF_EACH, eps)
     terms = torch.stack([improved.bound_term(d, *(part[i : i + 1] for part in (x0, model.xt)), t,
                                              *(part[i : i + 1] for part in (theta, v)), clip=False)
                          for i, t in enumerate(T_OF_EACH.tolist())])  # fmt: skip
     assert (terms > 0.1).sum() >= 3
-    close("L_hybrid", got, simple + 0.001 * 4 * terms.mean(), 1e-12)
+    close("L_hybrid", got, simple + how.get("weight", 0.001) * 4 * terms.mean(), 1e-12)
+
+
+def test_iddpm_eq16_of_T_1_is_L_simple_and_the_decoder():
+    """There is one step, and L_vlb is L_0."""
+    d, x0, eps = ddpm.Diffusion([0, 0.3]), f64([level(9)]), f64([0.4])
+    model = Said(f64([0.1]), f64([0.5]))
+    got = improved.loss_hybrid(model, d, x0, torch.tensor([1]), eps, weight=1.0)
+    mean = d.p_mean(model.xt, 1, f64([0.1]), clip=False).item()
+    close("L_hybrid", got, 0.3**2 - ref.decoder_log_prob(9, mean, 0.3) / LN2, 1e-12)
+
+
+@pytest.mark.parametrize("t", [1, 2, 10, 100, 500, 1000])
+def test_iddpm_eq16_in_bfloat16_has_the_loss_and_gradients_of_float64(t):
+    """A network in bfloat16, the paper's schedule: its outputs are rounded, and nothing after them. A
+    gradient comes back rounded to 8 bits, twice."""
+    d, eps = ddpm.Diffusion(ref.linear_beta(1000)), normal(4, 13)
+    x0 = torch.from_numpy(level(np.arange(0, 256, 5))).reshape(4, 13)
+    theta, v = (eps + 0.1 * normal(4, 13, seed=1)).bfloat16(), (0.3 + 0.2 * normal(4, 13, seed=2)).bfloat16()
+    results = {}
+    for kind in (torch.bfloat16, torch.float64):
+        model, data = Said(theta.to(kind), v.to(kind)), torch.promote_types(kind, torch.float32)
+        loss = improved.loss_hybrid(model, d, x0.to(data), torch.tensor([t] * 4), eps.to(data), weight=1.0)
+        assert loss.dtype == data
+        results[kind] = [part.double() for part in (loss, *model.gradients(loss))]
+    (got, *got_slopes), (want, *slopes) = results.values()
+    close(f"loss at t = {t}", got, want, 1e-4)
+    for what, got, want in zip(("eps", "v"), got_slopes, slopes):
+        close(f"gradient in {what} at t = {t}", got, want, 1.0, 0.02 * want.abs() + 1e-3 * want.abs().max())
 
 
 @every_case
@@ -305,14 +346,16 @@ def test_iddpm_eq16_has_no_gradient_for_gaussian_data_at_the_exact_eps_and_varia
 
 def test_iddpm_eq16_draws_t_uniformly_from_1_to_T_and_standard_normal_noise():
     """As Algorithm 1, for each image alone."""
-    asked = Said(torch.zeros(20_000, 1), torch.zeros(20_000, 1))
+    asked = Said(torch.zeros(20_000, 2), torch.zeros(20_000, 2))
     d = ddpm.Diffusion(BRUTAL)
-    improved.loss_hybrid(asked, d, torch.zeros(20_000, 1))
+    improved.loss_hybrid(asked, d, torch.zeros(20_000, 2))
     counts = torch.bincount(asked.t, minlength=6).numpy()
     assert counts[0] == counts[5] == 0, f"t outside 1..4: counts of 0..5 are {counts}"
     is_uniform("t", counts[1:5])
     _, noise = ref.forward_moments(BRUTAL)
-    has_normal_moments("eps", asked.xt[:, 0].numpy() / noise[asked.t.numpy()] ** 0.5, 0, 1)
+    eps = asked.xt.numpy() / noise[asked.t.numpy(), None] ** 0.5
+    has_normal_moments("eps", eps, 0, 1)
+    has_mean("eps_i eps_j within an image", eps[:, 0] * eps[:, 1], 0)
 
 
 # --- iDDPM eq. 19: fewer steps -------------------------------------------------------------------
@@ -360,7 +403,7 @@ def test_iddpm_eq19_a_training_step_on_the_grid_works_as_on_the_whole():
 @every_short_case
 def test_sampling_with_v_0_or_1_is_algorithm2_with_beta_tilde_or_beta(case):
     """The same noise, the same samples."""
-    d, xT = ddpm.Diffusion(case.beta), normal(3, 1)
+    d, xT = ddpm.Diffusion(case.beta), normal(3, 2)
     for v, sigma2 in ((0.0, d.beta_tilde), (1.0, d.beta)):
         fixed = ddpm.sample_ancestral(lambda xt, t: torch.tanh(xt), d, xT, sigma2, generator=generator())
         model = joined(lambda xt, t: torch.tanh(xt), v)
@@ -450,6 +493,18 @@ def test_training_and_sampling_work_on_the_device_of_the_images():
     assert {r.device.type for r in results} == set(seen) == {"meta"}
 
 
+def test_sampling_stays_in_float32_with_a_network_in_bfloat16():
+    """What is rounded is said by the network; x_t and its tables are not."""
+    seen = []
+
+    def model(xt, t):
+        seen.append(xt.dtype)
+        return torch.cat([0.3 * xt, 0 * xt], dim=1).bfloat16()
+
+    x0 = improved.sample_ancestral(model, ddpm.Diffusion(BRUTAL), normal(3, 2).float(), generator=generator())
+    assert set(seen) == {x0.dtype} == {torch.float32}
+
+
 # --- The bound with learned variances ------------------------------------------------------------
 
 
@@ -466,6 +521,9 @@ def test_bound_has_a_row_for_each_fixed_variance_and_one_for_the_learned_on_the_
         if not v:
             close("L_0 with v = 0", got[2, :, 0], fixed[1, :, 0], 1e-12)
     same("the learned row alone", improved.bound_terms(model, d, x0, generator=generator())[0], got[2])
+    free = improved.bound_terms(model, d, x0, [d.beta], clip=False, generator=generator())[0]
+    same("unclipped", free, ddpm.bound_terms(lambda xt, t: 0.5 * xt, d, x0, [d.beta], False, generator())[0])
+    assert not torch.equal(free, fixed[0])
     alone = improved.bound_terms(model, d, x0[:1], generator=[generator(7)])
     same("one image", alone, improved.bound_terms(model, d, x0[:1], generator=generator(7)))
 
@@ -611,6 +669,13 @@ def test_cfg_eq6_asks_the_network_once_a_step():
         net = Labelled(BRUTAL)
         improved.guided(net, y, NONE, w)(xt, t)
         assert net.calls == [images], f"w = {w}: calls of {net.calls} images"
+
+
+def test_cfg_eq6_gives_each_image_its_own_t():
+    """In both halves of the call."""
+    y, xt, t = torch.tensor([0, 1]), normal(2, 1), torch.tensor([3, 7])
+    got = improved.guided(lambda xt, t, y: xt * t[:, None] + 10.0 * y[:, None], y, 2, 1.0)(xt, t)
+    close("eps", got, xt * t[:, None] + 10.0 * (2 * y - 2)[:, None], 1e-14)
 
 
 def test_cfg_eq6_guides_eps_and_leaves_the_learned_variance_of_the_class():
