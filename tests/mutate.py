@@ -182,9 +182,14 @@ def try_mutant(mutant):
 
 
 def main(word):
-    began = time.monotonic()
-    every = [m for file in ("ddpm.py", "improved.py") for m in mutants(file, word)]
-    killed, unexplained = 0, 0
+    """Exit status 1 if a file has an unexplained survivor, or too many; a file without mutants has none."""
+    return max(judged(file, list(mutants(file, word))) for file in ("ddpm.py", "improved.py"))
+
+
+def judged(file, every):
+    began, killed, unexplained = time.monotonic(), 0, 0
+    if not every:
+        return 0
     for (_, name, line, before, after, _), dead, test in in_parallel(try_mutant, every):
         killed += dead
         key = f"{name}: {before} -> {after}"
@@ -194,9 +199,9 @@ def main(word):
             print(f"SURVIVED line {line}, {key}\n         {reason or 'not explained'}", flush=True)
         elif "-v" in sys.argv:
             print(f"killed   line {line}, {key}\n         {test}", flush=True)
-    print(f"{killed} of {len(every)} generic mutants killed ({killed / len(every):.1%}), "
+    print(f"{file}: {killed} of {len(every)} generic mutants killed ({killed / len(every):.1%}), "
           f"{len(every) - killed - unexplained} survivors explained, {unexplained} not; "
-          f"{time.monotonic() - began:.0f} s")
+          f"{time.monotonic() - began:.0f} s", flush=True)
     return 1 if unexplained or killed < 0.97 * len(every) else 0
 
 
