@@ -53,6 +53,7 @@ EXPLAINED = {
     "bound_terms: 0.01 -> 0.011000000000000001": CHOSEN,
     "conv: 2 -> 3": "1 // 3 = 1 // 2 and 3 // 3 = 3 // 2",
     "Attention.forward: 0 -> -1": "the only head is also the last",
+    "improved.bound_term: 1.0 -> 1.1": "any width that does not overflow will do",
     "improved.loss_hybrid: t.to(x0.device, non_blocking=True) -> t.to(x0.device)": SPEED,
     "improved.loss_hybrid: True -> False": SPEED,
     "improved.strided: steps.diff() > 0 -> steps.diff() >= 0": "Diffusion refuses the beta of 0 as well",

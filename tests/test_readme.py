@@ -100,7 +100,9 @@ def test_the_map_of_the_readme_gives_the_lines_equations_and_tests_of_each_secti
 
 
 def test_the_numbers_of_the_readme_are_those_of_the_files(request):
-    assert f"in {len((ROOT / 'ddpm.py').read_text().splitlines())} lines" in README.replace("\n", " ")
+    text = README.replace("\n", " ")
+    assert f"in {len((ROOT / 'ddpm.py').read_text().splitlines())} lines" in text
+    assert f"(improved.py), {len((ROOT / 'improved.py').read_text().splitlines())} lines more" in text
     assert f"{len(CATALOGUE)} of {len(CATALOGUE)}" in README
     assert (ROOT / "docs" / "grid.png").is_file()
     words = set(re.findall(r"\b[A-Z]{5,}\b", README)) - {"CIFAR", "README", "SIGTERM", "SIGKILL"}
