@@ -63,7 +63,9 @@ def held_out(cfg, ckpt):
     settings = replace(train.Config(**saved), data=data, data_dir=cfg.data_dir, limit=cfg.n, size=f"{H}x{W}",
                        channels=C, skip_broken=cfg.skip_broken)
     images, labels, classes = train.load_data(settings, train=False)
-    if unknown := sorted(set(classes) - set(ckpt["classes"])):
+    if not ckpt["classes"]:
+        labels = None
+    elif unknown := sorted(set(classes) - set(ckpt["classes"])):
         raise Failure(f"--data {data}: the network knows no class {unknown[0]}, but those of {saved['data']}")
     if tuple(images.shape[1:]) != (C, H, W):
         raise UsageError(f"--data {data}: images of {tuple(images.shape[1:])}, but a network for {(C, H, W)}")

@@ -63,7 +63,7 @@ class Config:
     batch_size: int = flag(256, "images drawn at a time", low=1)
     weights: str = flag("ema", "moving average or last weights", choices=("ema", "raw"))
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps, ..")
-    precision: str = flag("auto", "auto: bf16 where the hardware has it", choices=("auto", "fp32", "bf16"))
+    precision: str = flag("auto", "auto: bf16 where it is faster", choices=("auto", "fp32", "bf16"))
     compile: bool = flag(False, "torch.compile the network: slow to start, faster on a GPU")
 
 
@@ -282,7 +282,8 @@ def load_checkpoint(path):
         assert len(ckpt["classes"]) == (ckpt["network"]["num_classes"] or 0)
         (C, H, W), factor = ckpt["shape"], 2 ** (len(ckpt["network"]["mult"]) - 1)
         assert C == ckpt["network"]["in_channels"] and ckpt["step"] > 0
-        assert ckpt["network"]["out_channels"] in (C, 2 * C)
+        assert ckpt["network"]["out_channels"] == {"fixed": C, "learned": 2 * C}[ckpt["config"]["variance"]]
+        assert all(isinstance(name, str) for name in ckpt["classes"])
         assert H > 0 and W > 0 and H % factor == W % factor == 0
     return ckpt
 

@@ -66,8 +66,8 @@ class Config:
     channels: int | None = flag(None, "of a folder's images: 3 colour, 1 grey (default: 3)",
                                 choices=(1, 3))
     skip_broken: bool = flag(False, "leave out a folder's files that are no images")
-    labels: bool | None = flag(None, "learn classes too: cifar10's, or a folder's subfolders; a tenth of the "
-                                     "labels are dropped, for sample.py --guidance (glyphs: always)")
+    labels: bool | None = flag(None, "learn classes too: cifar10's, or the folders right in --data; a tenth "
+                                     "of them is dropped, for sample.py --guidance (glyphs: always)")
     limit: int | None = flag(None, "train on the first so many images only", low=1)
     epochs: int = flag(100, "passes over the data, in all", low=1)
     batch_size: int | None = own("batch_size", "images a step, over all processes", low=1)
@@ -85,7 +85,7 @@ class Config:
     width: int | None = own("width", "channels at full resolution", low=4, high=8192)
     seed: int = flag(0, "of the weights and of all that is drawn", low=0, high=2**31)
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps, ..")
-    precision: str = flag("auto", "auto: bf16 where the hardware has it", choices=("auto", "fp32", "bf16"))
+    precision: str = flag("auto", "auto: bf16 where it is faster", choices=("auto", "fp32", "bf16"))
     compile: bool = flag(False, "torch.compile the network: slow to start, faster on a GPU")
     out: str = flag("ckpt.pt", "checkpoint to write; sample grids go beside it")
     resume: str | None = flag(None, "checkpoint to go on from, with its settings; it is also --out")
@@ -346,9 +346,16 @@ def resumed(cfg, given, saved):
 
 
 def settings_of(saved):
-    """A checkpoint's settings, those that this program knows."""
+    """A checkpoint's settings, those that this program knows; each as the command line could have set it."""
     assert {"data", "seed", "timesteps", *PAPER} <= set(saved["config"])
-    return {f.name: saved["config"][f.name] for f in fields(Config) if f.name in saved["config"]}
+    known = {f.name: saved["config"][f.name] for f in fields(Config) if f.name in saved["config"]}
+    for f in fields(Config):
+        about, value = f.metadata, known.get(f.name)
+        assert f.name not in known or isinstance(value, f.type), f.name
+        assert value is None or about["choices"] is None or value in about["choices"], f.name
+        assert value is None or (about["low"] is None or value >= about["low"]), f.name
+        assert value is None or (about["high"] is None or value <= about["high"]), f.name
+    return known
 
 
 def network_for(cfg, shape, classes):
@@ -536,20 +543,28 @@ def load_folder(folder, size, channels, cache_dir, skip_broken, labelled=False):
     files = sorted(visible_files(root))
     if not files:
         raise Failure(f"--data {folder}: there are no images in it")
-    if labelled:
+    if labelled and not skip_broken:
         folder_labels(root, files)  # refuses what has none, before the work of decoding
     state = stamps(files)
     key = hashlib.sha256(repr((2, state, size, channels, skip_broken)).encode()).hexdigest()[:16]
     cache = pathlib.Path(cache_dir) / f"{root.resolve().name}-{H}x{W}x{channels}-{key}.u8"
-    if not cache.is_file():
+    if not (cache.is_file() and len(cached(cache, channels * H * W, len(files)))):
         cache.parent.mkdir(parents=True, exist_ok=True)
         with replacing(cache) as out:
             decode_folder(files, size, channels, out, skip_broken)
             if stamps(sorted(visible_files(root))) != state:
                 raise Failure(f"--data {folder}: changed while it was read; start again when it is at rest")
-    N = os.path.getsize(cache) // (channels * H * W + 4)
-    places = np.fromfile(cache, np.int32, offset=N * channels * H * W)
-    return np.memmap(cache, np.uint8, "c", shape=(N, channels, H, W)), [files[i] for i in places]
+    whole = cached(cache, channels * H * W, len(files))
+    images = np.memmap(cache, np.uint8, "c", shape=(len(whole), channels, H, W))
+    return images, [files[i] for i in whole]
+
+
+def cached(cache, pixels, count):
+    """The numbers of the files, out of `count`, whose pixels are in a cache; none, if it is damaged."""
+    N, rest = divmod(os.path.getsize(cache), pixels + 4)
+    whole = np.fromfile(cache, np.int32, offset=N * pixels)
+    fits = rest == 0 and N > 0 and whole[0] >= 0 and whole[-1] < count and (np.diff(whole) > 0).all()
+    return whole if fits else []
 
 
 def folder_labels(folder, files):
@@ -563,10 +578,12 @@ def folder_labels(folder, files):
 
 
 def visible_files(root):
-    """Every file under root whose path has no hidden part; links to folders are followed once. Pipes,
-    sockets, devices and our own caches are left out; a link to nothing is a broken file."""
+    """Every file under root whose path has no hidden part; links to folders are followed once, and not
+    to one that is there anyway. Pipes, sockets, devices and our own caches are left out; a link to
+    nothing is a broken file."""
     seen = {os.path.realpath(root)}
     for folder, names, files in os.walk(root, followlinks=True, onerror=reraise):
+        names.sort(key=lambda name, folder=folder: (os.path.islink(os.path.join(folder, name)), name))
         names[:] = [name for name in names if not name.startswith(".")
                     and (real := os.path.realpath(os.path.join(folder, name))) not in seen
                     and not seen.add(real)]

@@ -56,8 +56,7 @@ EXPLAINED = {
     "improved.bound_term: 1.0 -> 1.1": "any width that does not overflow will do",
     "improved.loss_hybrid: t.to(x0.device, non_blocking=True) -> t.to(x0.device)": SPEED,
     "improved.loss_hybrid: True -> False": SPEED,
-    "improved.strided: steps.diff() > 0 -> steps.diff() >= 0": "Diffusion refuses the beta of 0 as well",
-    "improved.strided: 0 -> -1": "the same",
+    "improved.strided: 1 -> 0": "Diffusion refuses the beta of 0 as well",
     "improved.bound_terms: 0 -> -1": "all images of the bound are at one t",
     "improved.bound_terms: t.cpu() -> t": "t is on the CPU already, unless there is a GPU",
     "improved.drop_labels: torch.rand(len(y), generator=generator).to(y.device) < p -> "

@@ -384,9 +384,16 @@ def test_iddpm_eq19_the_model_sees_the_steps_by_their_own_numbers():
 
 
 def test_iddpm_eq19_a_grid_that_does_not_increase_from_1_is_refused():
-    for grid in ([2, 2], [3, 1], [0, 4], [-1], [5]):
+    for grid in ([2, 2], [3, 1], [0, 4], [-1], [-1, 2], [5]):
         with pytest.raises((AssertionError, IndexError)):
             improved.strided(None, ddpm.Diffusion(BRUTAL), grid)
+
+
+def test_iddpm_eq19_a_jump_that_leaves_nothing_of_the_image_is_a_step_too():
+    """1 - alpha_bar_t / alpha_bar_s rounds to 1 for t = 8000 of a linear schedule; beta must be below 1."""
+    d = ddpm.Diffusion(ref.linear_beta(8000))
+    model, few = improved.strided(joined(lambda xt, t: 0.1 * xt, 0.5), d, [8000])
+    assert improved.sample_ancestral(model, few, normal(3, 2)).isfinite().all()
 
 
 def test_iddpm_eq19_a_training_step_on_the_grid_works_as_on_the_whole():
