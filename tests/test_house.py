@@ -130,28 +130,22 @@ def test_every_public_name_has_a_docstring(source):
 # --- The specification, of another file ----------------------------------------------------------
 
 
-def test_another_file_is_judged_from_any_folder_by_the_names_of_its_equations(tmp_path):
-    """sigma^2 z where sigma z is meant fails a test of Algorithm 2, with the variance in words; at the
-    end stands which file was judged, and which of its names were not."""
+def test_other_files_are_judged_from_any_folder_by_the_names_of_their_equations(tmp_path):
+    """sigma^2 z where sigma z is meant fails a test of Algorithm 2, with the variance in words, and a
+    mean that is not detached one of iDDPM eq. 16; at the end stands which files were judged, and which
+    of their names were not."""
     wrong = SOURCE.replace("at(sigma2.sqrt(), t, xt) * noise_like", "at(sigma2, t, xt) * noise_like")
     (tmp_path / "mine.py").write_text(wrong + "\n\ndef v_from_eps():\n    pass\n")
-    command = [sys.executable, "-m", "pytest", ROOT / "tests", "--ddpm", "mine.py", "-qxk", "takes_each_step"]
+    (tmp_path / "more.py").write_text(IMPROVED.replace("eps_theta.detach()", "eps_theta"))
+    command = [sys.executable, "-m", "pytest", ROOT / "tests", "--ddpm", "mine.py", "--improved", "more.py",
+               "-qk", "takes_each_step or learns_from"]  # fmt: skip
     done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, timeout=100)
     assert done.returncode == 1 and "FAILED" in done.stdout, done.stdout + done.stderr
     assert "test_algorithm2_takes_each_step_from_p" in done.stdout
     assert "AssertionError: variance of x_1: estimated" in done.stdout
-    assert f"judged: {tmp_path / 'mine.py'}" in done.stdout
+    assert "test_iddpm_eq16_eps_learns_from_L_simple_alone[0.001]" in done.stdout
+    assert f"judged: {tmp_path / 'mine.py'}\njudged: {tmp_path / 'more.py'}" in done.stdout
     assert "beyond the specification, not judged: v_from_eps" in done.stdout
-
-
-def test_another_improved_is_judged_too(tmp_path):
-    """--improved FILE, on top of this ddpm.py; the mean not detached fails a test of eq. 16."""
-    (tmp_path / "mine.py").write_text(IMPROVED.replace("eps_theta.detach()", "eps_theta"))
-    command = [sys.executable, "-m", "pytest", ROOT / "tests", "--improved", "mine.py", "-qxk", "learns_from"]
-    done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, timeout=100)
-    assert done.returncode == 1 and "FAILED" in done.stdout, done.stdout + done.stderr
-    assert "test_iddpm_eq16_eps_learns_from_L_simple_alone" in done.stdout
-    assert f"judged: {ROOT / 'ddpm.py'}\njudged: {tmp_path / 'mine.py'}" in done.stdout
 
 
 def test_a_file_may_import_what_it_does_not_define(tmp_path, monkeypatch):
