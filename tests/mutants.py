@@ -757,8 +757,11 @@ OF_IMPROVED = [Mutant(*fields, file="improved.py") for fields in (
      "test_iddpm_eq16_draws_t_uniformly_from_1_to_T_and_standard_normal_noise"),
     # 3. sampling
     ("eq. 19: the betas of single steps", "plausible",
-     "F.pad(1 - ab[1:] / ab[:-1], (1, 0))", "d.beta[steps]",
+     "F.pad((1 - ab[1:] / ab[:-1]).clamp(max=0.9999999999999999), (1, 0))", "d.beta[steps]",
      "test_iddpm_eq19_strided_betas_are_those_of_the_jumps_between_the_steps_kept"),
+    ("eq. 19: a beta that rounds to 1", "plausible",
+     ".clamp(max=0.9999999999999999)", "",
+     "test_iddpm_eq19_a_jump_that_leaves_nothing_of_the_image_is_a_step_too"),
     ("eq. 19: alpha_bar of the steps before", "plausible",
      "ab = d.alpha_bar[steps]", "ab = d.alpha_bar[(steps - 1).clamp(min=0)]",
      "test_iddpm_eq19_strided_betas_are_those_of_the_jumps_between_the_steps_kept",
