@@ -101,8 +101,8 @@ def bound_terms(model, d, x0, variances=(), clip=True, generator=None):
     learned = torch.empty(len(x0), d.T, dtype=torch.float64)
 
     def eps_model(xt, t):
-        eps, v = halves(model, xt, t)
-        learned[:, t[0] - 1] = bound_term(d, x0, xt, t.cpu(), eps, v, clip)
+        (eps, v), t = halves(model, xt, t), t.cpu()
+        learned[:, t[0] - 1] = bound_term(d, x0, xt, t, eps, v, clip)
         return eps
 
     terms = ddpm.bound_terms(eps_model, d, x0, [*variances, d.beta], clip, generator)

@@ -817,7 +817,7 @@ OF_IMPROVED = [Mutant(*fields, file="improved.py") for fields in (
      "d.beta], clip, generator)", "d.beta], True, generator)",
      "test_bound_has_a_row_for_each_fixed_variance_and_one_for_the_learned_on_the_same_draws"),
     ("bound: clip is not passed on", "plausible",
-     "t.cpu(), eps, v, clip)", "t.cpu(), eps, v)",
+     "t, eps, v, clip)", "t, eps, v)",
      "test_bound_with_learned_variances_clips_and_refuses_as_the_other"),
     # 5. guidance
     ("labels: dropped for the whole batch at once", "dome272",
