@@ -109,7 +109,8 @@ def main():
     cuda = device.type == "cuda"
     base = dict(batch=128, width=128, size=32) if cuda else dict(batch=16, width=32, size=32)
     name = torch.cuda.get_device_name(device) if cuda else f"{torch.get_num_threads()} CPU threads"
-    print(f"{name}, torch {torch.__version__}, {'bf16' if sample.in_bf16("auto", device) else 'float32'}")
+    kind = "bf16" if sample.in_bf16("auto", device) else "float32"
+    print(f"{name}, torch {torch.__version__}, {kind}")
     print(f"{'batch':>6} {'width':>6} {'size':>5} {'s/step':>10} {'images/s':>10} {'memory':>11}")
     for what in SWEEPS:
         sweep(what, device, base, given.seconds)
