@@ -411,6 +411,11 @@ def parse_flags(config, description, argv):
     return config(**vars(known)), set(vars(known))
 
 
+def inside(value, low, high):
+    """Whether low <= value <= high, where None is no limit."""
+    return (low is None or value >= low) and (high is None or value <= high)
+
+
 def checked(kind, about):
     """An argparse type: text -> kind, inside [low, high]."""
     low, high = about["low"], about["high"]
@@ -421,7 +426,7 @@ def checked(kind, about):
             raise argparse.ArgumentTypeError("must not be empty")
         if (kind is int and abs(value) > 2**31) or (kind is float and not math.isfinite(value)):
             raise argparse.ArgumentTypeError(f"{text} is impossible")
-        if not (low is None or value >= low) or not (high is None or value <= high):
+        if not inside(value, low, high):
             span = f"at least {low}" if high is None else f"from {low} to {high}"
             raise argparse.ArgumentTypeError(f"{text} is impossible; it must be {span}")
         return value

@@ -353,8 +353,7 @@ def settings_of(saved):
         about, value = f.metadata, known.get(f.name)
         assert f.name not in known or isinstance(value, f.type), f.name
         assert value is None or about["choices"] is None or value in about["choices"], f.name
-        assert value is None or (about["low"] is None or value >= about["low"]), f.name
-        assert value is None or (about["high"] is None or value <= about["high"]), f.name
+        assert value is None or sample.inside(value, about["low"], about["high"]), f.name
     return known
 
 
@@ -543,24 +542,27 @@ def load_folder(folder, size, channels, cache_dir, skip_broken, labelled=False):
     files = sorted(visible_files(root))
     if not files:
         raise Failure(f"--data {folder}: there are no images in it")
-    if labelled and not skip_broken:
-        folder_labels(root, files)  # refuses what has none, before the work of decoding
     state = stamps(files)
     key = hashlib.sha256(repr((2, state, size, channels, skip_broken)).encode()).hexdigest()[:16]
     cache = pathlib.Path(cache_dir) / f"{root.resolve().name}-{H}x{W}x{channels}-{key}.u8"
-    if not (cache.is_file() and len(cached(cache, channels * H * W, len(files)))):
+    whole = cached(cache, channels * H * W, len(files))
+    if not len(whole):
+        if labelled and not skip_broken:
+            folder_labels(root, files)  # refuses what has none, before the work of decoding
         cache.parent.mkdir(parents=True, exist_ok=True)
         with replacing(cache) as out:
             decode_folder(files, size, channels, out, skip_broken)
             if stamps(sorted(visible_files(root))) != state:
                 raise Failure(f"--data {folder}: changed while it was read; start again when it is at rest")
-    whole = cached(cache, channels * H * W, len(files))
+        whole = cached(cache, channels * H * W, len(files))
     images = np.memmap(cache, np.uint8, "c", shape=(len(whole), channels, H, W))
     return images, [files[i] for i in whole]
 
 
 def cached(cache, pixels, count):
-    """The numbers of the files, out of `count`, whose pixels are in a cache; none, if it is damaged."""
+    """The numbers of the files, out of `count`, whose pixels a cache holds; none, if damaged or missing."""
+    if not cache.is_file():
+        return []
     N, rest = divmod(os.path.getsize(cache), pixels + 4)
     whole = np.fromfile(cache, np.int32, offset=N * pixels)
     fits = rest == 0 and N > 0 and whole[0] >= 0 and whole[-1] < count and (np.diff(whole) > 0).all()

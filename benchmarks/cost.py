@@ -10,22 +10,18 @@ images are linked from a few files of 32x32, so that it is their number that is 
 """
 
 import argparse
-import copy
 import multiprocessing
 import os
 import pathlib
 import resource
-import statistics
-import sys
 import tempfile
 import time
 
 import numpy as np
 import torch
 from PIL import Image
+from train_speed import ours, take_turns
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-import ddpm
 import sample
 import train
 
@@ -37,26 +33,14 @@ SWEEPS = {
 
 
 def step_cost(device, batch, width, size):
-    """(seconds, bytes) of a training step, the median of three after the first."""
+    """(seconds, bytes) of a training step, the median of three after two."""
     device = torch.device(device)
     cfg = train.with_recipe(train.Config(data="folder", size=str(size), channels=3, width=width))
     network = train.network_for(cfg, (3, size, size), 0)
-    net = ddpm.UNet(**network).to(device, memory_format=torch.channels_last)
-    ema = copy.deepcopy(net).requires_grad_(False)
-    optimizer = torch.optim.Adam(net.parameters(), 2e-4, fused=True)
-    d, bf16 = ddpm.Diffusion(ddpm.linear_schedule()), sample.in_bf16("auto", device)
-    x0 = torch.rand(batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
-    seconds = []
-    for _ in range(4):
-        began = time.perf_counter()
-        one = (x0, None, torch.randint(1, d.T + 1, (batch,)), torch.randn_like(x0))
-        train.update(lambda xt, t, y: net(xt, t), d, one, optimizer, 2e-4, ema, 0.9999, bf16)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - began)
-    if device.type == "cuda":
-        return statistics.median(seconds[1:]), torch.cuda.max_memory_allocated()
-    return statistics.median(seconds[1:]), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    x = torch.rand(batch, 3, size, size, device=device)
+    _, step = ours(x, sample.in_bf16("auto", device), False, **network)
+    seconds, peaks = take_turns({"": step}, 3, device)
+    return seconds[""], peaks[""] or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def alone(function, *arguments):

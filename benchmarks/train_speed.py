@@ -29,9 +29,9 @@ import sample
 import train
 
 
-def ours(x, bf16, compiled):
-    """train.py's own step."""
-    net = ddpm.UNet().to(x.device, memory_format=torch.channels_last)
+def ours(x, bf16, compiled, **network):
+    """train.py's own step, of the paper's network or of another."""
+    net = ddpm.UNet(**network).to(x.device, memory_format=torch.channels_last)
     ema = copy.deepcopy(net).requires_grad_(False)
     optimizer = torch.optim.Adam(net.parameters(), 2e-4, fused=True)
     model = torch.compile(net) if compiled else net

@@ -1,13 +1,12 @@
 """Generic mutation: every operator, constant, index, condition, call, keyword and guard of both files.
 
-    python tests/mutate.py                 ddpm.py and improved.py (20 minutes on two cores)
+    python tests/mutate.py                 ddpm.py and improved.py (half an hour on two cores)
     python tests/mutate.py sample_ddim     the functions and classes with this word in their name
     python tests/mutate.py improved.       those of improved.py
 
 Each mutant changes one thing and is given to the tests of its section, then to the others (one of
-improved.py, to test_improved.py). A mutant
-that no test kills must be listed in EXPLAINED below, with the reason; exit status 1 if one is not, or
-if less than 97% die.
+improved.py, to test_improved.py). A mutant that no test kills must be listed in EXPLAINED below, with
+the reason; exit status 1 if one is not, or if less than 97% of a file's die.
 """
 
 import ast
