@@ -51,13 +51,13 @@ def exponential_schedule(T=1000, beta_1=1e-4, beta_T=0.066):
 
 def at(table, t, x):
     """table[t] as (B, 1, ..., 1), ready to scale x (B, ...); t is an int or (B,) int64 on the CPU.
-
     Tables are float64 and are rounded once, here, to float32 or better: 1 - alpha_bar_1 is off by
-    1.7e-4 from a float32 alpha_bar, and 0 from a bfloat16 one. Nothing waits for the device."""
+    1.7e-4 from a float32 alpha_bar, and 0 from a bfloat16 one. Only CUDA may run ahead of the copy:
+    Apple's GPUs would read c when it is freed already (pytorch issue 189690)."""
     t = torch.as_tensor(t).reshape(-1)
     assert len(t) in (1, len(x)) and 0 <= t.min() and t.max() < len(table), "t must be in 0..T"
-    c = table[t].to(torch.promote_types(x.dtype, torch.float32)).to(x.device, non_blocking=True)
-    return c.reshape(-1, *[1] * (x.ndim - 1))
+    c = table[t].to(torch.promote_types(x.dtype, torch.float32))
+    return c.to(x.device, non_blocking=x.is_cuda).reshape(-1, *[1] * (x.ndim - 1))
 
 class Diffusion:
     """The process that beta[0..T] defines, as tables[0..T] in float64: beta, alpha, alpha_bar, and
@@ -111,7 +111,7 @@ def loss_simple(model, d, x0, t=None, eps=None):
     """
     t = torch.randint(1, d.T + 1, (len(x0),)) if t is None else t
     eps = torch.randn_like(x0) if eps is None else eps
-    eps_theta = model(d.q_sample(x0, t, eps), t.to(x0.device, non_blocking=True))
+    eps_theta = model(d.q_sample(x0, t, eps), t.to(x0.device, non_blocking=x0.is_cuda))
     assert eps_theta.shape == eps.shape
     return F.mse_loss(eps_theta, eps)
 

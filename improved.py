@@ -66,7 +66,7 @@ def loss_hybrid(model, d, x0, t=None, eps=None, weight=0.001):
     t = torch.randint(1, d.T + 1, (len(x0),)) if t is None else t
     eps = torch.randn_like(x0) if eps is None else eps
     xt = d.q_sample(x0, t, eps)
-    eps_theta, v = halves(model, xt, t.to(x0.device, non_blocking=True))
+    eps_theta, v = halves(model, xt, t.to(x0.device, non_blocking=x0.is_cuda))
     vlb = d.T * bound_term(d, x0, xt, t, eps_theta.detach(), v, clip=False).mean()
     return F.mse_loss(eps_theta, eps) + weight * vlb
 
@@ -74,14 +74,14 @@ def loss_hybrid(model, d, x0, t=None, eps=None, weight=0.001):
 
 def strided(model, d, grid):
     """iDDPM eq. 19: model and diffusion on the steps t_1 < .. < t_n of a grid alone, now 1..n.
-
-    alpha_bar stays what it is there; beta, beta_tilde and learned variances become the grid's own.
-    """
+    alpha_bar stays what it is there; beta, beta_tilde, learned variances become the grid's own."""
     steps = torch.tensor([0, *grid])
     assert grid[0] >= 1, "grid must increase, from 1 or more"  # beta_i > 0: Diffusion asserts it
     ab = d.alpha_bar[steps]
     beta = F.pad((1 - ab[1:] / ab[:-1]).clamp(max=0.9999999999999999), (1, 0))  # rounded, maybe 1
-    return lambda xt, i: model(xt, steps.to(i.device)[i]), ddpm.Diffusion(beta)
+    def on_grid(xt, i):
+        return model(xt, steps.to(i.device, non_blocking=i.is_cuda)[i])
+    return on_grid, ddpm.Diffusion(beta)
 
 @torch.no_grad()
 def sample_ancestral(model, d, xt, clip=True, generator=None, on_step=None):

@@ -173,14 +173,14 @@ def main(cfg, given):
     def batch(step):
         """x0, labels, t and eps of a step: functions of seed and step alone, whatever the world."""
         torch.manual_seed(mixed(cfg.seed, 1, step))
-        mine = slice(rank * B // world, (rank + 1) * B // world)
+        mine, cuda = slice(rank * B // world, (rank + 1) * B // world), device.type == "cuda"
         i, y = places(step, B, N, cfg.seed), None
-        x0 = images[i[mine].to(images.device, non_blocking=True)].to(device, non_blocking=True)
+        x0 = images[i[mine].to(images.device, non_blocking=cuda)].to(device, non_blocking=cuda)
         x0 = x0.float() / 127.5 - 1
         if labels is not None:
-            y = improved.drop_labels(labels[i], len(classes))[mine].to(device, non_blocking=True)
+            y = improved.drop_labels(labels[i], len(classes))[mine].to(device, non_blocking=cuda)
         if cfg.flip == "yes":
-            mirror = (torch.rand(B) < 0.5)[mine].to(device, non_blocking=True)
+            mirror = (torch.rand(B) < 0.5)[mine].to(device, non_blocking=cuda)
             x0 = torch.where(mirror[:, None, None, None], x0.flip(3), x0)
         t = torch.randint(1, d.T + 1, (B,))[mine]
         eps = torch.randn(B, *shape, device=device)[mine]

@@ -3,6 +3,7 @@
 No network is trained: for Gaussian data and for a single image the exact model is known.
 """
 
+import far
 import judge
 import numpy as np
 import pytest
@@ -230,19 +231,29 @@ def test_noise_like_refuses_as_many_generators_as_there_are_not_images(images, g
         ddpm.noise_like(torch.empty(images, 2), [generator(i) for i in range(generators)])
 
 
-def test_loss_and_samplers_work_on_the_device_of_the_images():
-    """xt and t reach the model on the images' device, and so does the result (shown on torch's meta
-    device, which refuses to mix with another)."""
-    d, x, seen = ddpm.Diffusion(BRUTAL), torch.empty(2, 3, device="meta"), []
+def test_loss_samplers_and_bound_are_the_same_on_another_device():
+    """Bit for bit the CPU's, where xt and t reach the model on the images' device: what is copied to it
+    has arrived. The bound apart, nothing is read back, for which a GPU would have to be waited for."""
+    d, x = ddpm.Diffusion(BRUTAL), (torch.arange(6).reshape(2, 3) / 2.5 - 1).clamp(-1, 1)
 
     def model(xt, t):
-        seen.extend([xt.device.type, t.device.type])
-        return xt
+        assert xt.device == t.device, f"xt on {xt.device}, t on {t.device}"
+        return xt / t[:, None]
 
-    results = [ddpm.loss_simple(model, d, x), ddpm.sample_ancestral(model, d, x),
-               ddpm.noise_like(x, generator()), ddpm.noise_like(x, [generator(1), generator(2)]),
-               ddpm.sample_ddim(model, d, x, [1, 2, 3, 4], 1.0)]  # fmt: skip
-    assert {r.device.type for r in results} == set(seen) == {"meta"}
+    def results(x):
+        torch.manual_seed(0)
+        return dict(
+            loss=ddpm.loss_simple(model, d, x), x0_algorithm_2=ddpm.sample_ancestral(model, d, x),
+            x0_ddim=ddpm.sample_ddim(model, d, x, [1, 2, 4], 1.0), z=ddpm.noise_like(x, generator()),
+            z_by_image=ddpm.noise_like(x, [generator(1), generator(2)]))  # fmt: skip
+
+    wanted = [*results(x).values(), ddpm.bound_terms(model, d, x, [d.beta], generator=generator())]
+    with far.device() as reads:
+        got = results(x.to("far"))
+        assert not reads and {r.device.type for r in got.values()} == {"far"}, reads
+        got["bound"] = ddpm.bound_terms(model, d, x.to("far"), [d.beta], generator=generator())
+        for (what, a), b in zip(got.items(), wanted, strict=True):
+            same(what, a.cpu(), b)
 
 
 @pytest.mark.parametrize("sampler", ["sample_ancestral", "sample_ddim"])

@@ -4,6 +4,7 @@ No network is trained: for Gaussian data, for a single image and for scalars of 
 eps is known, and so is the variance that it leaves.
 """
 
+import far
 import numpy as np
 import pytest
 import torch
@@ -484,21 +485,31 @@ def test_sampling_with_learned_variances_asks_clips_and_stops_as_algorithm2():
     same("x0 of T = 1 by another generator", *last)
 
 
-def test_training_and_sampling_work_on_the_device_of_the_images():
-    """t, labels and steps reach the network on the images' device, and so does the result (shown on
-    torch's meta device, which refuses to mix with another)."""
-    d, seen = ddpm.Diffusion(BRUTAL), []
-    x, y = torch.empty(2, 3, device="meta"), torch.zeros(2, device="meta", dtype=torch.int64)
+def test_training_sampling_and_bound_are_the_same_on_another_device():
+    """As test_6's property of ddpm.py: the CPU's numbers bit for bit, where t and labels reach the network
+    on the images' device; nothing is read back, but by the bound."""
+    d, x = ddpm.Diffusion(BRUTAL), (torch.arange(6).reshape(2, 3) / 2.5 - 1).clamp(-1, 1)
 
     def net(xt, t, y=None):
-        seen.extend([xt.device.type, t.device.type] + ([y.device.type] if y is not None else []))
-        return torch.cat([xt, xt], dim=1)
+        assert xt.device == t.device == (t if y is None else y).device, "xt, t and y on two devices"
+        return torch.cat([xt / t[:, None], xt if y is None else xt + y[:, None]], dim=1)
 
-    few, short = improved.strided(net, d, [2, 4])
-    results = [improved.loss_hybrid(net, d, x), improved.sample_ancestral(net, d, x),
-               improved.sample_ancestral(few, short, x), improved.drop_labels(y, 3),
-               improved.sample_ancestral(improved.guided(net, y, 3, 0.5), d, x)]  # fmt: skip
-    assert {r.device.type for r in results} == set(seen) == {"meta"}
+    def results(x, y):
+        torch.manual_seed(0)
+        few, short = improved.strided(net, d, [2, 4])
+        return dict(
+            loss=improved.loss_hybrid(net, d, x), x0=improved.sample_ancestral(net, d, x),
+            x0_strided=improved.sample_ancestral(few, short, x), labels=improved.drop_labels(y, 3),
+            x0_guided=improved.sample_ancestral(improved.guided(net, y, 3, 0.5), d, x))  # fmt: skip
+
+    y = torch.tensor([0, 1])
+    wanted = [*results(x, y).values(), improved.bound_terms(net, d, x, generator=generator())]
+    with far.device() as reads:
+        got = results(x.to("far"), y.to("far"))
+        assert not reads and {r.device.type for r in got.values()} == {"far"}, reads
+        got["bound"] = improved.bound_terms(net, d, x.to("far"), generator=generator())
+        for (what, a), b in zip(got.items(), wanted, strict=True):
+            same(what, a.cpu(), b)
 
 
 def test_sampling_stays_in_float32_with_a_network_in_bfloat16():

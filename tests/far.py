@@ -1,0 +1,123 @@
+"""A device that stands for the GPUs that a machine does not have: its tensors lie on the CPU.
+
+    with far.device() as reads:
+        x = torch.randn(2, 3, device="far")          the CPU computes it, with its own kernels
+        x + torch.ones(3)                            RuntimeError: a GPU does not mix with the CPU
+        x.sum().item(), x.cpu()                      each is noted in `reads`: here the host waits
+        torch.ones(3).to("far", non_blocking=True)   nan: an Apple GPU may find that memory freed
+
+Such a tensor is one of the kind that PyTorch has for devices of others, and holds one of the CPU.
+"""
+
+import contextlib
+
+import torch
+from torch.utils import backend_registration
+from torch.utils._python_dispatch import TorchDispatchMode
+
+aten = torch.ops.aten
+COPIES = (aten._to_copy.default, aten.copy_.default)
+ANSWERS = (aten._local_scalar_dense.default, aten.is_nonzero.default, aten.equal.default,
+           aten.nonzero.default)  # fmt: skip
+
+
+class Far(torch.Tensor):
+    """What the program holds; `near` is the tensor on the CPU."""
+
+    @staticmethod
+    def __new__(cls, near):
+        return torch.Tensor._make_wrapper_subclass(cls, near.shape, near.stride(), near.storage_offset(),
+                                                   dtype=near.dtype, device="far:0")  # fmt: skip
+
+    def __init__(self, near):
+        self.near = near
+
+    def __repr__(self):
+        return f"{self.near!r} far away"
+
+    def __reduce_ex__(self, protocol):  # saved, it is a tensor like any
+        return self.near.__reduce_ex__(protocol)
+
+    @classmethod
+    def __torch_dispatch__(cls, op, types, args=(), kwargs=None):
+        raise RuntimeError(f"{op}: its device is gone")
+
+
+class Simulation(TorchDispatchMode):
+    """Does every operation on the CPU, and notes, refuses and spoils what a GPU would."""
+
+    def __init__(self):
+        super().__init__()
+        self.reads = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        tensors = list(tensors_in([args, *kwargs.values()]))
+        far = {id(x.near): x for x in tensors if isinstance(x, Far)}
+        goes_far = bool(far)
+        if kwargs.get("device") is not None:
+            goes_far, kwargs["device"] = kwargs["device"].type == "far", "cpu"
+        elif op is aten.copy_.default:
+            goes_far = isinstance(args[0], Far)
+        if far and (op in ANSWERS or not goes_far):
+            self.reads.append(str(op))
+        if far and op not in COPIES:  # numbers, which have no dimensions, may come from the CPU
+            mixed = [tuple(x.shape) for x in tensors if x.ndim and not isinstance(x, Far)]
+            if mixed:
+                raise RuntimeError(f"{op}: a tensor {mixed[0]} of the CPU among those of the far device")
+        out = op(*replaced(near, args), **{name: replaced(near, x) for name, x in kwargs.items()})
+        if op in COPIES and goes_far and not isinstance(args[op is COPIES[1]], Far):
+            if kwargs.get("non_blocking") or True in args[2:]:
+                out.fill_(float("nan") if out.is_floating_point() else 113)
+        if not goes_far:
+            return out
+        return replaced(lambda x: far[id(x)] if id(x) in far else Far(x), out)  # the same, if in place
+
+
+def near(x):
+    return x.near if isinstance(x, Far) else x
+
+
+def tensors_in(x):
+    if isinstance(x, torch.Tensor):
+        yield x
+    elif isinstance(x, (list, tuple)):
+        for y in x:
+            yield from tensors_in(y)
+
+
+def replaced(function, x):
+    """x, in which each tensor has become function(tensor)."""
+    if isinstance(x, (list, tuple)):
+        return type(x)([replaced(function, y) for y in x])
+    return function(x) if isinstance(x, torch.Tensor) else x
+
+
+class Module:
+    """What torch asks of a device's module."""
+
+    @staticmethod
+    def get_amp_supported_dtype():
+        return [torch.bfloat16]
+
+    @staticmethod
+    def _is_in_bad_fork():
+        return False
+
+    @staticmethod
+    def manual_seed_all(seed):
+        pass
+
+    is_available, current_device, device_count = lambda: True, lambda: 0, lambda: 1
+    is_initialized = lambda: True
+
+
+# At import: what autograd has been used without, it does not get to know later.
+backend_registration._setup_privateuseone_for_python_backend("far", Module)
+
+
+@contextlib.contextmanager
+def device():
+    """The far device is there, and what is read back from it is listed."""
+    with Simulation() as mode:
+        yield mode.reads
