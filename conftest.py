@@ -15,6 +15,7 @@ import torch
 ROOT = pathlib.Path(__file__).resolve().parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import far  # noqa: E402, F401  before autograd is used for the first time: see there
 import judge  # noqa: E402
 
 torch.set_num_threads(1)  # the tensors are tiny: a second thread only waits

@@ -12,11 +12,12 @@ Such a tensor is one of the kind that PyTorch has for devices of others, and hol
 import contextlib
 
 import torch
+from judge import close
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
-COPIES = (aten._to_copy.default, aten.copy_.default)
+COPIES = (aten._to_copy.default, aten.copy_.default)  # of the first argument, and of the second
 ANSWERS = (aten._local_scalar_dense.default, aten.is_nonzero.default, aten.equal.default,
            aten.nonzero.default)  # fmt: skip
 
@@ -66,9 +67,9 @@ class Simulation(TorchDispatchMode):
             if mixed:
                 raise RuntimeError(f"{op}: a tensor {mixed[0]} of the CPU among those of the far device")
         out = op(*replaced(near, args), **{name: replaced(near, x) for name, x in kwargs.items()})
-        if op in COPIES and goes_far and not isinstance(args[op is COPIES[1]], Far):
-            if kwargs.get("non_blocking") or True in args[2:]:
-                out.fill_(float("nan") if out.is_floating_point() else 113)
+        arrives = op in COPIES and goes_far and not isinstance(args[COPIES.index(op)], Far)
+        if arrives and (kwargs.get("non_blocking") or True in args[2:]):
+            out.fill_(float("nan") if out.is_floating_point() else 113)
         if not goes_far:
             return out
         return replaced(lambda x: far[id(x)] if id(x) in far else Far(x), out)  # the same, if in place
@@ -94,7 +95,11 @@ def replaced(function, x):
 
 
 class Module:
-    """What torch asks of a device's module."""
+    """What torch asks of a device's module: it is none to be chosen by itself, nor has it seeds."""
+
+    @staticmethod
+    def is_available():
+        return False
 
     @staticmethod
     def get_amp_supported_dtype():
@@ -108,11 +113,8 @@ class Module:
     def manual_seed_all(seed):
         pass
 
-    is_available, current_device, device_count = lambda: True, lambda: 0, lambda: 1
-    is_initialized = lambda: True
 
-
-# At import: what autograd has been used without, it does not get to know later.
+# conftest.py imports this file: a device that autograd was once used without, it never gets to know.
 backend_registration._setup_privateuseone_for_python_backend("far", Module)
 
 
@@ -121,3 +123,15 @@ def device():
     """The far device is there, and what is read back from it is listed."""
     with Simulation() as mode:
         yield mode.reads
+
+
+def agrees(results, *given, tol=0.0):
+    """Assert that results(*given), named tensors, are the same far away, and that none is read back."""
+    __tracebackhide__ = True
+    wanted = results(*given)
+    with device() as reads:
+        got = results(*(x.to("far") for x in given))
+        assert not reads, f"the host waits for the device {len(reads)} times, the first time for {reads[0]}"
+        for name, x in got.items():
+            assert x.device.type == "far", f"{name} is on the {x.device}"
+            close(name, x.cpu(), wanted[name], tol, 1.0)
