@@ -211,10 +211,10 @@ def bound_terms(model, d, x0, variances, clip=True, generator=None):
             else:  # beta_tilde_1 is 0: the decoder takes beta_tilde_2
                 var = at(d.beta_tilde, 2, x0) if d.T > 1 else at(d.beta, 1, x0)
                 nats = -discretized_log_likelihood(x0, mu_theta, var)
-            row[:, t - 1] = nats.flatten(1).mean(1)
+            row[:, t - 1] = nats.flatten(1).mean(1).cpu()
     ab = at(d.alpha_bar, d.T, x0)
     prior = normal_kl(ab.sqrt() * x0, at(1 - d.alpha_bar, d.T, x0), 0.0, 1.0)
-    terms[:, :, d.T] = prior.flatten(1).mean(1)
+    terms[:, :, d.T] = prior.flatten(1).mean(1).cpu()
     return terms / math.log(2)
 
 # --- 9. The network ------------------------------------------------------------------------------

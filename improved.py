@@ -102,7 +102,7 @@ def bound_terms(model, d, x0, variances=(), clip=True, generator=None):
 
     def eps_model(xt, t):
         (eps, v), t = halves(model, xt, t), t.cpu()
-        learned[:, t[0] - 1] = bound_term(d, x0, xt, t, eps, v, clip)
+        learned[:, t[0] - 1] = bound_term(d, x0, xt, t, eps, v, clip).cpu()
         return eps
 
     terms = ddpm.bound_terms(eps_model, d, x0, [*variances, d.beta], clip, generator)

@@ -2,9 +2,10 @@
 
     with far.device() as reads:
         x = torch.randn(2, 3, device="far")          the CPU computes it, with its own kernels
-        x + torch.ones(3)                            RuntimeError: a GPU does not mix with the CPU
-        x.sum().item(), x.cpu()                      each is noted in `reads`: here the host waits
+        x + torch.ones(3)                            RuntimeError: no GPU mixes with the CPU
+        x.double(), torch.zeros(3).double()[:] = x   TypeError: an Apple GPU has no float64
         torch.ones(3).to("far", non_blocking=True)   nan: an Apple GPU may find that memory freed
+        x.sum().item(), x.cpu()                      each is noted in `reads`: here the host waits
 
 Such a tensor is one of the kind that PyTorch has for devices of others, and holds one of the CPU.
 """
@@ -67,6 +68,8 @@ class Simulation(TorchDispatchMode):
             if mixed:
                 raise RuntimeError(f"{op}: a tensor {mixed[0]} of the CPU among those of the far device")
         out = op(*replaced(near, args), **{name: replaced(near, x) for name, x in kwargs.items()})
+        if (far or goes_far) and torch.float64 in {x.dtype for x in tensors_in(out)}:
+            raise TypeError(f"{op}: float64 on the far device, or read from it")
         arrives = op in COPIES and goes_far and not isinstance(args[COPIES.index(op)], Far)
         if arrives and (kwargs.get("non_blocking") or True in args[2:]):
             out.fill_(float("nan") if out.is_floating_point() else 113)
@@ -126,12 +129,14 @@ def device():
 
 
 def agrees(results, *given, tol=0.0):
-    """Assert that results(*given), named tensors, are the same far away, and that none is read back."""
+    """Assert that results(*given), named tensors, are the same far away, and that none is read back;
+    tol is in units of the largest number in them."""
     __tracebackhide__ = True
     wanted = results(*given)
+    scale = max(x.abs().max() for x in wanted.values())
     with device() as reads:
         got = results(*(x.to("far") for x in given))
         assert not reads, f"the host waits for the device {len(reads)} times, the first time for {reads[0]}"
         for name, x in got.items():
             assert x.device.type == "far", f"{name} is on the {x.device}"
-            close(name, x.cpu(), wanted[name], tol, 1.0)
+            close(name, x.cpu(), wanted[name], tol, scale)
