@@ -35,17 +35,18 @@ from torch import nn
 
 def linear_schedule(T=1000, beta_1=1e-4, beta_T=0.02):
     """Sec. 4: from beta_1 to beta_T in equal steps. The paper's schedule, made for T = 1000."""
-    return F.pad(torch.linspace(beta_1, beta_T, T, dtype=torch.float64), (1, 0))
+    return F.pad(torch.linspace(beta_1, beta_T, T, dtype=torch.float64, device="cpu"), (1, 0))
 
 def cosine_schedule(T=1000, s=0.008, beta_max=0.999):
     """iDDPM eq. 17: alpha_bar = f(t)/f(0), f(t) = cos^2(pi/2 (t/T + s) / (1 + s)); beta capped."""
-    t = torch.arange(T + 1, dtype=torch.float64)
+    t = torch.arange(T + 1, dtype=torch.float64, device="cpu")
     f = torch.cos(math.pi / 2 * (t / T + s) / (1 + s)) ** 2
     return F.pad((1 - f[1:] / f[:-1]).clamp(max=beta_max), (1, 0))
 
 def exponential_schedule(T=1000, beta_1=1e-4, beta_T=0.066):
     """Geometric, from beta_1 to beta_T; by default alpha_bar_1000 = 3.2e-5 (linear: 4.0e-5)."""
-    return F.pad(beta_1 * (beta_T / beta_1) ** torch.linspace(0, 1, T, dtype=torch.float64), (1, 0))
+    exponent = torch.linspace(0, 1, T, dtype=torch.float64, device="cpu")
+    return F.pad(beta_1 * (beta_T / beta_1) ** exponent, (1, 0))
 
 # --- 2, 3, 4. The diffusion: four tables, and what follows from them in closed form --------------
 
@@ -54,7 +55,7 @@ def at(table, t, x):
     Tables are float64 and are rounded once, here, to float32 or better: 1 - alpha_bar_1 is off by
     1.7e-4 from a float32 alpha_bar, and 0 from a bfloat16 one. Only CUDA may run ahead of the copy:
     Apple's GPUs would read c when it is freed already (pytorch issue 189690)."""
-    t = torch.as_tensor(t).reshape(-1)
+    t = torch.as_tensor(t, device="cpu").reshape(-1)
     assert len(t) in (1, len(x)) and 0 <= t.min() and t.max() < len(table), "t must be in 0..T"
     c = table[t].to(torch.promote_types(x.dtype, torch.float32))
     return c.to(x.device, non_blocking=x.is_cuda).reshape(-1, *[1] * (x.ndim - 1))
@@ -107,9 +108,8 @@ class Diffusion:
 def loss_simple(model, d, x0, t=None, eps=None):
     """eq. 14, Algorithm 1: || eps - model(xt, t) ||^2, averaged over images and their dimensions.
 
-    t (B,) ~ Uniform{1..T}, on the CPU, and eps ~ N(0, I) are drawn where they are not given.
-    """
-    t = torch.randint(1, d.T + 1, (len(x0),)) if t is None else t
+    t (B,) ~ Uniform{1..T}, on the CPU, and eps ~ N(0, I) are drawn where they are not given."""
+    t = torch.randint(1, d.T + 1, (len(x0),), device="cpu") if t is None else t
     eps = torch.randn_like(x0) if eps is None else eps
     eps_theta = model(d.q_sample(x0, t, eps), t.to(x0.device, non_blocking=x0.is_cuda))
     assert eps_theta.shape == eps.shape
@@ -200,7 +200,7 @@ def bound_terms(model, d, x0, variances, clip=True, generator=None):
     """
     k = (x0 + 1) * 127.5
     assert x0.abs().max() <= 1 and (k - k.round()).abs().max() < 0.01, "x0 is not on the 256 levels"
-    terms = torch.empty(len(variances), len(x0), d.T + 1, dtype=torch.float64)
+    terms = torch.empty(len(variances), len(x0), d.T + 1, dtype=torch.float64, device="cpu")
     for t in range(1, d.T + 1):
         xt = d.q_sample(x0, t, noise_like(x0, generator))
         eps = model(xt, same_t(t, x0))

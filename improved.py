@@ -63,7 +63,7 @@ def bound_term(d, x0, xt, t, eps, v, clip=True):
 def loss_hybrid(model, d, x0, t=None, eps=None, weight=0.001):
     """iDDPM eq. 16: L_simple + weight * L_vlb, which teaches v alone: its eps is detached.
     x0 is on the 256 levels; t and eps as in ddpm.loss_simple, drawn where they are not given."""
-    t = torch.randint(1, d.T + 1, (len(x0),)) if t is None else t
+    t = torch.randint(1, d.T + 1, (len(x0),), device="cpu") if t is None else t
     eps = torch.randn_like(x0) if eps is None else eps
     xt = d.q_sample(x0, t, eps)
     eps_theta, v = halves(model, xt, t.to(x0.device, non_blocking=x0.is_cuda))
@@ -75,7 +75,7 @@ def loss_hybrid(model, d, x0, t=None, eps=None, weight=0.001):
 def strided(model, d, grid):
     """iDDPM eq. 19: model and diffusion on the steps t_1 < .. < t_n of a grid alone, now 1..n.
     alpha_bar stays what it is there; beta, beta_tilde, learned variances become the grid's own."""
-    steps = torch.tensor([0, *grid])
+    steps = torch.tensor([0, *grid], device="cpu")
     assert grid[0] >= 1, "grid must increase, from 1 or more"  # beta_i > 0: Diffusion asserts it
     ab = d.alpha_bar[steps]
     beta = F.pad((1 - ab[1:] / ab[:-1]).clamp(max=0.9999999999999999), (1, 0))  # rounded, maybe 1
@@ -98,7 +98,7 @@ def sample_ancestral(model, d, xt, clip=True, generator=None, on_step=None):
 
 def bound_terms(model, d, x0, variances=(), clip=True, generator=None):
     """ddpm.bound_terms of K fixed variances, and of the learned one, on the same draws: K + 1."""
-    learned = torch.empty(len(x0), d.T, dtype=torch.float64)
+    learned = torch.empty(len(x0), d.T, dtype=torch.float64, device="cpu")
 
     def eps_model(xt, t):
         (eps, v), t = halves(model, xt, t), t.cpu()
@@ -113,7 +113,7 @@ def bound_terms(model, d, x0, variances=(), clip=True, generator=None):
 
 def drop_labels(y, none, p=0.1, generator=None):
     """CFG Algorithm 1: y (B,), each label replaced by `none`, on its own, with probability p."""
-    return torch.where(torch.rand(len(y), generator=generator).to(y.device) < p, none, y)
+    return torch.where(torch.rand(y.shape, generator=generator, device=y.device) < p, none, y)
 
 def guided(net, y, none, w=0.0):
     """CFG eq. 6: a model of eps = (1 + w) eps(xt, y) - w eps(xt, none), by one call of net a step.

@@ -23,7 +23,7 @@ from fractions import Fraction
 
 import numpy as np
 from scipy import stats
-from scipy.special import entr, expit, logsumexp, ndtr, softmax
+from scipy.special import entr, expit, ndtr, softmax
 
 # ---------------------------------------------------------------------------- schedules
 
@@ -160,9 +160,9 @@ def eps_mixture(beta, t, x, weights, means, variances):
     """E[eps | x_t = x] for x_0 from component i, N(means[i], variances[i]), with prob. weights[i].
 
     Given i, x_t ~ N(a m_i, a^2 s_i + v) and the regression of x_0 on x_t is
-    m_i + a s_i / (a^2 s_i + v) (x - a m_i). The responsibilities p(i | x_t) are normalised in log
-    space; the average is E[x_0 | x_t], and eps = (x_t - a x_0) / sqrt(v). A variance 0 is a point
-    mass. Shapes: x any, weights, means and variances (n,); result as x.
+    m_i + a s_i / (a^2 s_i + v) (x - a m_i). The responsibilities p(i | x_t) sum to 1 however far off
+    x is; the average is E[x_0 | x_t], and eps = (x_t - a x_0) / sqrt(v). A variance 0 is a point mass.
+    Shapes: x any, weights, means and variances (n,); result as x.
     """
     a, v = transition(beta, 0, t)
     x = np.asarray(x, np.float64)
@@ -170,7 +170,7 @@ def eps_mixture(beta, t, x, weights, means, variances):
     total = a**2 * variances + v
     off = x[..., None] - a * means
     log_joint = np.log(weights) - np.log(total) / 2 - off**2 / (2 * total)
-    responsibility = np.exp(log_joint - logsumexp(log_joint, axis=-1, keepdims=True))
+    responsibility = softmax(log_joint, axis=-1)
     x0 = (responsibility * (means + a * variances / total * off)).sum(axis=-1)
     return (x - a * x0) / np.sqrt(v)
 

@@ -124,19 +124,28 @@ backend_registration._setup_privateuseone_for_python_backend("far", Module)
 @contextlib.contextmanager
 def device():
     """The far device is there, and what is read back from it is listed."""
-    with Simulation() as mode:
-        yield mode.reads
+    before = torch._C._only_lift_cpu_tensors()
+    torch._C._set_only_lift_cpu_tensors(True)  # so that torch.tensor sends what it makes as x.to does
+    try:
+        with Simulation() as mode:
+            yield mode.reads
+    finally:
+        torch._C._set_only_lift_cpu_tensors(before)
 
 
 def agrees(results, *given, tol=0.0):
-    """Assert that results(*given), named tensors, are the same far away, and that none is read back;
-    tol is in units of the largest number in them."""
+    """Assert that results(*given), named tensors, are the same far away, whatever the default device, and
+    that none is read back; tol is in units of the largest number in them."""
     __tracebackhide__ = True
     wanted = results(*given)
     scale = max(x.abs().max() for x in wanted.values())
     with device() as reads:
-        got = results(*(x.to("far") for x in given))
-        assert not reads, f"the host waits for the device {len(reads)} times, the first time for {reads[0]}"
-        for name, x in got.items():
-            assert x.device.type == "far", f"{name} is on the {x.device}"
-            close(name, x.cpu(), wanted[name], tol, scale)
+        given = [x.to("far") for x in given]
+        for default in ("cpu", "far"):
+            with torch.device(default):
+                got = results(*given)
+            assert not reads, f"the host waits for the device {len(reads)} times, first for {reads[0]}"
+            for name, x in got.items():
+                assert x.device.type == "far", f"{name} is on the {x.device}"
+                close(f"{name}, default device {default}", x.cpu(), wanted[name], tol, scale)
+            reads.clear()

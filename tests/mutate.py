@@ -53,9 +53,10 @@ EXPLAINED = {
     "improved.loss_hybrid: t.to(x0.device, non_blocking=x0.is_cuda) -> t.to(x0.device)": SPEED,
     "improved.strided: steps.to(i.device, non_blocking=i.is_cuda) -> steps.to(i.device)": SPEED,
     "improved.strided: 1 -> 0": "Diffusion refuses the beta of 0 as well",
+    "improved.bound_terms: t.cpu() -> t": SPEED,
     "improved.bound_terms: 0 -> -1": "all images of the bound are at one t",
-    "improved.drop_labels: torch.rand(len(y), generator=generator).to(y.device) < p -> "
-    "torch.rand(len(y), generator=generator).to(y.device) <= p": "no number is met exactly",
+    "improved.drop_labels: torch.rand(y.shape, generator=generator, device=y.device) < p -> "
+    "torch.rand(y.shape, generator=generator, device=y.device) <= p": "no number is met exactly",
     "UNet.__init__: 1 -> 2": "a stride of 2 never reaches the second row or column of padding",
 }
 

@@ -12,7 +12,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from judge import EPS, close, has_law, has_mean, has_normal_moments, rejects
 from scipy import integrate, signal, stats
@@ -230,6 +230,7 @@ components = st.lists(
 
 
 @given(cases(), normal, components)
+@example(Case((1e-6,), 1), 5.0, [(1.0, 0.0, 1 / 64)] * 2)  # responsibilities that sum to 1 - 1e-13 are seen
 def test_reference_eps_is_the_score_of_the_noisy_data(case, x, mixture):
     """E[eps | x_t] = -sqrt(v_t) d/dx log p(x_t), p(x_t) = sum of weight N(a_t m, a_t^2 s2 + v_t).
 

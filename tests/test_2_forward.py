@@ -1,5 +1,6 @@
 """Section 2 of ddpm.py: the tables and the forward process (eq. 2, eq. 4)."""
 
+import far
 import numpy as np
 import pytest
 import torch
@@ -84,10 +85,14 @@ def test_eq4_half_precision_images_lose_no_noise(dtype):
 
 
 def test_tables_live_on_the_cpu_whatever_the_default_device():
-    """t is drawn there, and float64 is known there."""
-    with torch.device("meta"):
-        d = ddpm.Diffusion([0, 0.1, 0.5])
-    assert {x.device.type for x in (d.beta, d.alpha, d.alpha_bar, d.beta_tilde)} == {"cpu"}
+    """t is drawn there, and float64 is known there; the bound, too, is told there."""
+    with far.device(), torch.device("far"):
+        for schedule in (ddpm.linear_schedule, ddpm.cosine_schedule, ddpm.exponential_schedule):
+            d = ddpm.Diffusion(schedule(4))
+            assert {x.device.type for x in vars(d).values() if torch.is_tensor(x)} == {"cpu"}
+        x = torch.ones(2, 3, device="cpu")
+        terms = ddpm.bound_terms(lambda xt, t: xt, d, x, [d.beta])
+    assert terms.device.type == "cpu" and terms.dtype == torch.float64
 
 
 def test_a_step_outside_0_T_is_refused():

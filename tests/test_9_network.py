@@ -1,5 +1,6 @@
 """Section 9 of ddpm.py: the network (appendix B and the released code)."""
 
+import copy
 import math
 
 import far
@@ -159,8 +160,10 @@ def test_sizes_that_the_levels_do_not_divide_are_refused_in_words(H, W):
 
 def test_the_network_is_the_same_on_another_device():
     """Its output and gradient, for given labels and for none, with nothing read back on the way."""
+    near = unet(num_classes=2).float()
+
     def results(x, t, y):
-        net = unet(num_classes=2).float().to(x.device)
+        net = copy.deepcopy(near).to(x.device)
         out = net(x, t, y) + net(x, t)
         gradients = torch.autograd.grad(out.sum(), net.parameters())
         names = [f"gradient of {name}" for name, _ in net.named_parameters()]
