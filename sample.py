@@ -372,7 +372,9 @@ def printable(message):
 
 
 def out_of_memory(error):
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
+    words = ("allocate memory", "out of memory")  # the second: of a CUDA that cannot even start
+    return (isinstance(error, (MemoryError, torch.OutOfMemoryError))
+            or any(word in str(error) for word in words))
 
 
 class Parser(argparse.ArgumentParser):
@@ -444,7 +446,9 @@ def pick_device(name):
         if name.split(":")[0] == "meta":
             raise RuntimeError
         torch.empty(1, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError):
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        if out_of_memory(error):
+            raise
         raise UsageError(f"--device {name}: not on this machine; try cpu") from None
     return torch.device(name)
 

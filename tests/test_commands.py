@@ -643,6 +643,18 @@ def test_cifar10_without_a_network_names_the_three_ways_out(call, monkeypatch):
 # --- Refusals ------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."),
+                                   RuntimeError("CUDA error: out of memory")], ids=["allocator", "start"])
+def test_a_device_that_is_full_is_not_one_that_is_missing(call, monkeypatch, ckpt, error):
+    """As when another process has all of its memory."""
+    def empty(*size, device=None):
+        raise error
+
+    monkeypatch.setattr(torch, "empty", empty)
+    status, _, err = call(sample, "--ckpt", ckpt, "--out", "a.png", "--device", "cuda")
+    assert (status, err.count("\n")) == (1, 1) and "out of memory; try a smaller --batch-size" in err
+
+
 @pytest.mark.parametrize("module, flags, words", [
     (train, "--epoch 3", "unknown argument --epoch; did you mean --epochs?"),
     (train, "surplus", "unknown argument surplus"),
