@@ -31,6 +31,7 @@ class Config:
 
 def main(cfg, given):
     device = sample.pick_device(cfg.device)
+    sample.use_precision("fp32", device)
     ckpt, net, d = sample.load_model(cfg.ckpt, cfg.weights, device)
     images, labels, what = held_out(cfg, ckpt)
     N = len(images)

@@ -119,12 +119,12 @@ def guided(net, y, none, w=0.0):
     """CFG eq. 6: a model of eps = (1 + w) eps(xt, y) - w eps(xt, none), by one call of net a step.
 
     w = 0 is the conditional model, w = -1 the unconditional one. Others write s = 1 + w, where
-    those are s = 1 and s = 0. Learned variances are those given y, unless w = -1.
-    """
+    those are s = 1 and s = 0. Learned variances are those given y, unless w = -1."""
     def model(xt, t):
         if w in (0, -1):  # one of the two is all of it
             return net(xt, t, torch.full_like(y, none) if w else y)
         out = net(torch.cat([xt, xt]), torch.cat([t, t]), torch.cat([y, torch.full_like(y, none)]))
+        out = out.to(xt.dtype)  # w magnifies what bfloat16 would round
         (eps, *v), (eps_none, *_) = (half.split(xt.shape[1], dim=1) for half in out.chunk(2))
         return torch.cat([(1 + w) * eps - w * eps_none, *v], dim=1)
     return model

@@ -94,6 +94,7 @@ def main(cfg, given):
     if limit and max(-(-n // rows) * wide, rows * tall) > limit:
         raise UsageError(f"--n {n}: too many for one {kind} picture; ask for fewer, or for a .png")
     frames, progress, done = [], Progress("sampling", steps * n, "image-steps"), 0
+    bf16 = use_precision(cfg.precision, device)
 
     images = []
     for first in range(0, n, cfg.batch_size):
@@ -108,7 +109,7 @@ def main(cfg, given):
                 film.append(to_uint8(xs))
 
         seeds = range(cfg.seed + first, cfg.seed + first + len(y))
-        with torch.autocast(device.type, torch.bfloat16, enabled=in_bf16(cfg.precision, device)):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             x0 = sample(net, d, ckpt["shape"], seeds, y if classes else None, steps, eta, variance,
                         cfg.guidance or 0.0, on_step)
         if not x0.isfinite().all():
@@ -311,7 +312,8 @@ def load_model(path, weights="ema", device="cpu"):
         net = ddpm.UNet(**ckpt["network"])
         net.load_state_dict(ckpt["ema" if weights == "ema" else "model"])
         d = make_diffusion(ckpt["config"]["schedule"], ckpt["config"]["timesteps"])
-    return ckpt, net.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), d
+    # Its weights keep requires_grad, without which autocast would round them again at every step.
+    return ckpt, net.to(device, memory_format=torch.channels_last).eval(), d
 
 
 def make_diffusion(schedule, T):
@@ -340,7 +342,10 @@ def run(main, config, description):
     except UsageError as error:
         status, message = 2, error
     except (MemoryError, RuntimeError) as error:
-        if out_of_memory(error):
+        if isinstance(error, NotImplementedError):  # such as log_ndtr on an Apple GPU
+            cause = str(error).split(". ")[0]
+            status, message = 1, f"{cause}; try --device cpu, or PYTORCH_ENABLE_MPS_FALLBACK=1"
+        elif out_of_memory(error):
             status, message = 1, "out of memory; try a smaller --batch-size, or smaller images or networks"
         elif any(word in str(error) for word in ("closed by peer", "gloo", "NCCL")):
             cause = str(error).strip().splitlines()[0]
@@ -450,7 +455,18 @@ def pick_device(name):
         if out_of_memory(error):
             raise
         raise UsageError(f"--device {name}: not on this machine; try cpu") from None
-    return torch.device(name)
+    device = torch.device(name)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # where NCCL, too, looks
+    return device
+
+
+def use_precision(precision, device):
+    """in_bf16, of all that is computed from here on; where it is not, float32 is no TF32 either."""
+    bf16 = in_bf16(precision, device)
+    torch.set_float32_matmul_precision("high" if bf16 else "highest")
+    torch.backends.cudnn.allow_tf32 = bf16
+    return bf16
 
 
 def in_bf16(precision, device):

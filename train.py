@@ -107,8 +107,8 @@ def main(cfg, given):
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
-    device = sample.pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if world > 1 and cfg.device == "auto"
-                                and torch.cuda.is_available() else cfg.device)
+    several = world > 1 and torch.cuda.is_available() and cfg.device in ("auto", "cuda")
+    device = sample.pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if several else cfg.device)
     sample.writable(cfg.out)
     above = pathlib.Path(cfg.out).resolve().parents
     if kind(cfg.data) == "folder" and pathlib.Path(cfg.data).resolve() in above:
@@ -123,15 +123,16 @@ def main(cfg, given):
     if os.path.exists(cfg.out) and rank == 0 and not (saved and os.path.samefile(cfg.out, cfg.resume)):
         print(f"note: {cfg.out} exists and will be replaced; --resume goes on with it", file=sys.stderr)
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=6))
+        cuda = device.type == "cuda"
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=6),
+                                device_id=device if cuda else None)
         if rank > 0:
             dist.barrier()  # the first process downloads and decodes, the others read its files
     images, labels, classes = load_data(cfg, train=True)
     if world > 1 and rank == 0:
         dist.barrier()
     shape, N, B = tuple(images.shape[1:]), len(images), cfg.batch_size
-    bf16 = sample.in_bf16(cfg.precision, device)
-    torch.set_float32_matmul_precision("high" if bf16 else "highest")
+    bf16 = sample.use_precision(cfg.precision, device)
 
     torch.manual_seed(mixed(cfg.seed, 0))
     network = saved["network"] if saved else network_for(cfg, shape, len(classes))
@@ -147,7 +148,7 @@ def main(cfg, given):
     net = net.to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     params = list(net.parameters())
-    optimizer = torch.optim.Adam(params, cfg.lr, fused=device.type in ("cuda", "cpu"))
+    optimizer = torch.optim.Adam(params, cfg.lr, fused=device.type in ("cuda", "cpu", "mps"))
     step = 0
     if saved:
         with sample.refusing(cfg.resume):

@@ -5,7 +5,7 @@
     python benchmarks/cost.py --seconds 20         a row ends where a step takes longer (default: 10)
 
 Each network is measured in a process of its own. A step is train.update's: noise, forward, backward,
-clipping, Adam, moving average. Memory is the process's peak, on a GPU the allocator's. A folder's
+clipping, Adam, moving average. Memory is the process's peak; on a GPU, a step's own. A folder's
 images are linked from a few files of 32x32, so that it is their number that is measured.
 """
 
@@ -38,7 +38,7 @@ def step_cost(device, batch, width, size):
     cfg = train.with_recipe(train.Config(data="folder", size=str(size), channels=3, width=width))
     network = train.network_for(cfg, (3, size, size), 0)
     x = torch.rand(batch, 3, size, size, device=device)
-    _, step = ours(x, sample.in_bf16("auto", device), False, **network)
+    _, step = ours(x, sample.use_precision("auto", device), False, **network)
     seconds, peaks = take_turns({"": step}, 3, device)
     return seconds[""], peaks[""] or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
@@ -53,7 +53,13 @@ def sweep(name, device, base, limit):
     """Prints a row for each value of one of batch, width and size, the others at the base."""
     for value in SWEEPS[name]:
         at = {**base, name: value}
-        seconds, memory = alone(step_cost, str(device), *at.values())
+        try:
+            seconds, memory = alone(step_cost, str(device), *at.values())
+        except RuntimeError as error:
+            if not sample.out_of_memory(error):
+                raise
+            print(f"{at['batch']:6} {at['width']:6} {at['size']:5} is out of memory, and {name} beyond it")
+            break
         print(f"{at['batch']:6} {at['width']:6} {at['size']:5} {seconds:10.3f} "
               f"{at['batch'] / seconds:10.1f} {memory / 1e9:8.2f} GB", flush=True)  # fmt: skip
         if seconds > limit:

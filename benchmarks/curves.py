@@ -3,8 +3,9 @@
     python benchmarks/curves.py                    on this machine: digits, 250 steps a run
     python benchmarks/curves.py --device cuda --data cifar10 --steps 1000
 
-Every run has the same weights, images, t and noise, which are functions of the seed; only the way in
-which they are computed differs. Beside the differences stands what another seed makes of them.
+Every run has the same weights, images, t and noise, which are functions of the seed, and no dropout, whose
+masks torch.compile draws otherwise; only the way in which they are computed differs. Beside the differences
+stands what another seed makes of them.
 """
 
 import argparse
@@ -42,7 +43,8 @@ def main():
     given = parser.parse_args()
     batch = 32 if given.data == "glyphs" else 128
     flags = ["--data", given.data, "--data-dir", given.data_dir, "--device", given.device, "--epochs", "1",
-             "--limit", str(batch * given.steps), "--batch-size", str(batch)]  # fmt: skip
+             "--limit", str(batch * given.steps), "--batch-size", str(batch),
+             "--dropout", "0"]  # fmt: skip
     runs = {
         "float32": ["--precision", "fp32"],
         "bf16": ["--precision", "bf16"],

@@ -22,7 +22,7 @@ STEPS = 2
 
 def ours(x, bf16, compiled):
     """sample.py's own sampler."""
-    net = ddpm.UNet().to(x.device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    net = ddpm.UNet().to(x.device, memory_format=torch.channels_last).eval()
     model = torch.compile(net) if compiled else net
     d = ddpm.Diffusion(ddpm.linear_schedule())
     xT = x.contiguous(memory_format=torch.channels_last)
@@ -73,7 +73,7 @@ def denoising_diffusion_pytorch(x):
 
 def main():
     given = flags(__doc__, 512)
-    bf16 = sample.in_bf16("auto", given.device)
+    bf16 = sample.use_precision("auto", given.device)
     x = torch.randn(given.batch_size, 3, 32, 32, device=given.device)
     found = contestants({
         "ddpm.py": lambda: ours(x, bf16, given.compile),

@@ -116,21 +116,30 @@ def contestants(makers):
 
 
 def take_turns(steps, rounds, device):
-    """({name: median seconds}, {name: peak bytes}) of steps that take turns, the first two unmeasured."""
+    """({name: median seconds}, {name: bytes}) of steps that take turns, the first two unmeasured.
+
+    The bytes, on a GPU, are what a step takes beyond what it finds: weights, Adam's state and averages."""
     times, peaks = {name: [] for name in steps}, dict.fromkeys(steps)
+    cuda = device.type == "cuda"
     for i in range(rounds + 2):
         for name, step in steps.items():
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
+            wait_for(device)
+            before = torch.cuda.memory_allocated(device) if cuda else 0
+            if cuda:
+                torch.cuda.reset_peak_memory_stats(device)
             began = time.perf_counter()
             step()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-                peaks[name] = torch.cuda.max_memory_allocated()
+            wait_for(device)
+            if cuda:
+                peaks[name] = torch.cuda.max_memory_allocated(device) - before
             if i >= 2:
                 times[name].append(time.perf_counter() - began)
     return {name: statistics.median(t) for name, t in times.items()}, peaks
+
+
+def wait_for(device):
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def matmul_rate(device, dtype):
@@ -186,7 +195,7 @@ def title(device, B, bf16, compiled):
 
 def main():
     given = flags(__doc__, 128)
-    bf16 = sample.in_bf16("auto", given.device)
+    bf16 = sample.use_precision("auto", given.device)
     x = (torch.rand(given.batch_size, 3, 32, 32) * 2 - 1).to(given.device)
     found = contestants({
         "ddpm.py": lambda: ours(x, bf16, given.compile),

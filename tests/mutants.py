@@ -889,6 +889,9 @@ OF_IMPROVED = [Mutant(*fields, file="improved.py") for fields in (
      "t, eps, v, clip)", "t, eps, v)",
      "test_bound_with_learned_variances_clips_and_refuses_as_the_other"),
     # 5. guidance
+    ("guidance: in the network's bfloat16", "this file, once",
+     "out = out.to(xt.dtype)", "out = out + 0",
+     "test_cfg_eq6_is_formed_in_the_precision_of_the_images", "AssertionError"),
     ("labels: dropped for the whole batch at once", "dome272",
      "torch.rand(y.shape, generator", "torch.rand(1, generator",
      "test_cfg_algorithm1_drops_each_label_on_its_own_with_probability_p"),

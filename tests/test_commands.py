@@ -21,6 +21,7 @@ import pytest
 import torch
 from judge import close, equal
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import evaluate
 import reference_numpy as ref
@@ -190,6 +191,50 @@ def test_the_commands_say_the_same_on_another_device_and_seldom_wait_for_it(call
         close(what, a, b, tol, 1.0)
     training, *drawings = np.diff([0, *away[3]])
     assert near[3] == [0, 0, 0] and training < 16 and drawings == [2, 2], reads
+
+
+def test_sampling_in_bfloat16_rounds_the_weights_once_and_not_at_every_step(ckpt):
+    """autocast keeps what it has rounded of a weight, but only where the weight could have a gradient."""
+    _, net, d = sample.load_model(ckpt)
+    weights = {p.data_ptr() for p in net.parameters()}
+
+    class Count(TorchDispatchMode):
+        roundings = 0
+
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            self.roundings += op is torch.ops.aten._to_copy.default and args[0].data_ptr() in weights
+            return op(*args, **(kwargs or {}))
+
+    counts = []
+    for steps in (1, 4):
+        with torch.autocast("cpu", torch.bfloat16), Count() as count:
+            sample.sample(net, d, (1, 16, 16), [0, 1], [3, 5], steps, eta=0.0)
+        counts.append(count.roundings)
+    assert counts[0] == counts[1] > 50, counts
+
+
+@pytest.mark.parametrize("precision, matmul, tf32", [("fp32", "highest", False), ("bf16", "high", True)])
+def test_float32_is_not_tf32_unless_bfloat16_is_asked_for(precision, matmul, tf32):
+    """Neither in products of matrices nor in convolutions, where CUDA's default is TF32."""
+    try:
+        assert sample.use_precision(precision, torch.device("cpu")) == tf32
+        assert torch.get_float32_matmul_precision() == matmul
+        assert torch.backends.cudnn.allow_tf32 == tf32
+    finally:
+        sample.use_precision("fp32", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("asked, taken", [("auto", "cuda:1"), ("cuda", "cuda:1"), ("cpu", "cpu")])
+def test_each_process_of_torchrun_takes_its_own_gpu(call, monkeypatch, asked, taken):
+    """The second of a machine takes cuda:1, unless another device is named."""
+    def pick(name):
+        raise sample.Failure(f"takes {name}.")
+
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "1"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(sample, "pick_device", pick)
+    assert f"takes {taken}." in call(train, "--device", asked)[2]
 
 
 def test_guidance_0_is_the_class_and_minus_1_no_class_at_all(call, ckpt):
@@ -641,6 +686,17 @@ def test_cifar10_without_a_network_names_the_three_ways_out(call, monkeypatch):
 
 
 # --- Refusals ------------------------------------------------------------------------------------
+
+
+def test_an_operation_that_a_device_lacks_is_one_line(call, monkeypatch, ckpt):
+    """As log_ndtr, of the decoder, on Apple's GPUs."""
+    def missing(x):
+        raise NotImplementedError("The operator 'aten::special_log_ndtr' is not there for MPS. More words.")
+
+    monkeypatch.setattr(torch.special, "log_ndtr", missing)
+    status, _, err = call(evaluate, "--ckpt", ckpt, "--n", 1, "--device", "cpu")
+    assert status == 1 and err == ("evaluate.py: error: The operator 'aten::special_log_ndtr' is not there for "
+                                   "MPS; try --device cpu, or PYTORCH_ENABLE_MPS_FALLBACK=1\n")
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."),

@@ -694,6 +694,17 @@ def test_cfg_eq6_gives_each_image_its_own_t():
     close("eps", got, xt * t[:, None] + 10.0 * (2 * y - 2)[:, None], 1e-14)
 
 
+def test_cfg_eq6_is_formed_in_the_precision_of_the_images():
+    """A network in bfloat16 says eps to 8 bits; their difference, times w, is not rounded to 8 again."""
+    y, xt, t = torch.tensor([0, 1]), normal(2, 3).float(), torch.tensor([2, 2])
+
+    def net(xt, t, y):
+        return (xt + y[:, None] / 3).bfloat16()
+
+    eps, eps_none = net(xt, t, y).float(), net(xt, t, torch.full_like(y, NONE)).float()
+    same("eps", improved.guided(net, y, NONE, 5.0)(xt, t), 6 * eps - 5 * eps_none)
+
+
 def test_cfg_eq6_guides_eps_and_leaves_the_learned_variance_of_the_class():
     """v is that of y; its extrapolation would leave the range of eq. 15."""
     y, xt, t = torch.tensor([1, 0]), normal(2, 1), torch.tensor([3, 3])
