@@ -237,6 +237,17 @@ def test_each_process_of_torchrun_takes_its_own_gpu(call, monkeypatch, asked, ta
     assert f"takes {taken}." in call(train, "--device", asked)[2]
 
 
+def test_bfloat16_has_nearly_the_same_bound(call, ckpt):
+    """The network is rounded; the terms are not, which is why float32 is the default."""
+    bits = []
+    for precision in ([], ["--precision", "fp32"], ["--precision", "bf16"]):
+        status, out, err = call(evaluate, "--ckpt", ckpt, "--n", 2, "--device", "cpu", *precision)
+        assert status == 0, err
+        bits.append(float(out.splitlines()[-1].split()[-3]))
+    assert bits[0] == bits[1] != bits[2]
+    close("bits/dim in bfloat16", bits[2], bits[0], 0.02)
+
+
 def test_guidance_0_is_the_class_and_minus_1_no_class_at_all(call, ckpt):
     """One seed: w = 0 is the default; at w = -1 the label has no say; w = 2 goes beyond both."""
     def draw(*flags):
