@@ -706,8 +706,8 @@ def test_an_operation_that_a_device_lacks_is_one_line(call, monkeypatch, ckpt):
 
     monkeypatch.setattr(torch.special, "log_ndtr", missing)
     status, _, err = call(evaluate, "--ckpt", ckpt, "--n", 1, "--device", "cpu")
-    assert status == 1 and err == ("evaluate.py: error: The operator 'aten::special_log_ndtr' is not there for "
-                                   "MPS; try --device cpu, or PYTORCH_ENABLE_MPS_FALLBACK=1\n")
+    assert status == 1 and err == ("evaluate.py: error: The operator 'aten::special_log_ndtr' is not there "
+                                   "for MPS; try --device cpu, or PYTORCH_ENABLE_MPS_FALLBACK=1\n")
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."),
