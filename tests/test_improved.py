@@ -504,7 +504,7 @@ def test_training_sampling_and_bound_are_the_same_on_another_device():
 
     far.agrees(results, x, torch.tensor([0, 1]))
     bound = improved.bound_terms(net, d, x, generator=generator())
-    with far.device():
+    with far.device(), torch.device("far"):
         same("bound", improved.bound_terms(net, d, x.to("far"), generator=generator()), bound)
 
 
