@@ -42,8 +42,8 @@ def main():
     parser.add_argument("--steps", type=int, default=250, help="a multiple of 50")
     given = parser.parse_args()
     batch = 32 if given.data == "glyphs" else 128
-    flags = ["--data", given.data, "--data-dir", given.data_dir, "--device", given.device, "--epochs", "1",
-             "--limit", str(batch * given.steps), "--batch-size", str(batch),
+    flags = ["--data", given.data, "--data-dir", given.data_dir, "--device", given.device,
+             "--limit", str(batch * 50), "--epochs", str(given.steps // 50), "--batch-size", str(batch),
              "--dropout", "0"]  # fmt: skip
     runs = {
         "float32": ["--precision", "fp32"],
