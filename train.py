@@ -109,6 +109,10 @@ def main(cfg, given):
         torch.use_deterministic_algorithms(True)
     several = world > 1 and torch.cuda.is_available() and cfg.device in ("auto", "cuda")
     device = sample.pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if several else cfg.device)
+    bf16 = sample.use_precision(cfg.precision, device)
+    if bf16 and cfg.compile and device.type == "cpu":  # seen by benchmarks/curves.py, with torch 2.13.0
+        raise UsageError("--compile: on a CPU, torch loses gradients of a compiled network in bf16; leave it "
+                         "out, or give --precision fp32")
     sample.writable(cfg.out)
     above = pathlib.Path(cfg.out).resolve().parents
     if kind(cfg.data) == "folder" and pathlib.Path(cfg.data).resolve() in above:
@@ -132,7 +136,6 @@ def main(cfg, given):
     if world > 1 and rank == 0:
         dist.barrier()
     shape, N, B = tuple(images.shape[1:]), len(images), cfg.batch_size
-    bf16 = sample.use_precision(cfg.precision, device)
 
     torch.manual_seed(mixed(cfg.seed, 0))
     network = saved["network"] if saved else network_for(cfg, shape, len(classes))

@@ -735,6 +735,7 @@ def test_a_device_that_is_full_is_not_one_that_is_missing(call, monkeypatch, ckp
     (train, "--schedule quadratic", "invalid choice: 'quadratic'"),
     (train, "--device tpu", "--device tpu: not on this machine"),
     (train, "--device cuda:99", "--device cuda:99: not on this machine"),
+    (train, "--compile --precision bf16 --device cpu", "loses gradients of a compiled network in bf16"),
     (train, "--size 32", "--size is for a folder of images"),
     (train, "--data . --size 30x32", "multiples of 8; try 24x32 or 32x32"),
     (train, "--data . --size big", "--size big: must be one number or HEIGHTxWIDTH"),
