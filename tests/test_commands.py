@@ -392,10 +392,16 @@ def test_a_run_that_is_interrupted_and_resumed_equals_one_that_is_not(call, tmp_
 def test_a_terminal_that_is_closed_ends_the_run_with_a_checkpoint(tmp_path):
     """As a lost ssh connection does: SIGHUP, and nowhere left to write to."""
     leader, follower = pty.openpty()
+
+    def at_the_terminal():
+        os.setsid()
+        fcntl.ioctl(follower, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may be under nohup
+
     flags = [*TINY, "--epochs", 500, "--batch-size", 4]
     process = subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, flags)], cwd=tmp_path,
                                stdout=follower, stderr=follower, env={**os.environ, "OMP_NUM_THREADS": "1"},
-                               preexec_fn=lambda: (os.setsid(), fcntl.ioctl(follower, termios.TIOCSCTTY, 0)))
+                               preexec_fn=at_the_terminal)
     os.close(follower)
     shown = b""
     while b"epoch 1 of 500:" not in shown:
