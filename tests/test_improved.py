@@ -273,8 +273,13 @@ def test_iddpm_eq16_of_T_1_is_L_simple_and_the_decoder():
 @pytest.mark.parametrize("t", [1, 2, 10, 100, 500, 1000])
 def test_iddpm_eq16_in_bfloat16_has_the_loss_and_gradients_of_float64(t):
     """A network in bfloat16, the paper's schedule: its outputs are rounded, and nothing after them. A
-    gradient comes back rounded to 8 bits, twice."""
-    d, eps = ddpm.Diffusion(ref.linear_beta(1000)), normal(4, 13)
+    gradient comes back rounded to 8 bits, twice. The numbers are the same whatever the seed: it is what
+    float32 makes of these that was bounded."""
+    def normal(*shape, seed=1):
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+    d, eps = ddpm.Diffusion(ref.linear_beta(1000)), normal(4, 13, seed=0)
     x0 = torch.from_numpy(level(np.arange(0, 256, 5))).reshape(4, 13)
     theta, v = (eps + 0.1 * normal(4, 13, seed=1)).bfloat16(), (0.3 + 0.2 * normal(4, 13, seed=2)).bfloat16()
     results = {}
@@ -302,7 +307,8 @@ def test_iddpm_eq16_has_no_gradient_for_one_image_at_the_exact_eps_and_beta_tild
     low, high = ref.variance_ends(case.beta, case.t)
     signal, _ = ref.forward_moments(case.beta)
     slack = log_slack(case, 0) + (1e3 * EPS / signal[case.t] + tolerance(case)) ** 2 / low
-    close("gradient in v", in_v, 0, slack, 0.001 * case.T * np.log(high / low))
+    difference = np.log(high / low) + 8 * EPS * (1 + abs(np.log(low)))  # of two logarithms, as rounded
+    close("gradient in v", in_v, 0, slack, 0.001 * case.T * difference)
 
 
 def four_nodes(case, m, s2):
@@ -340,7 +346,8 @@ def test_iddpm_eq16_has_no_gradient_for_gaussian_data_at_the_exact_eps_and_varia
         if not off:
             close("gradient in the slope of eps", in_a, 0, 8 * (tolerance(case) + 8 * EPS), 4.0)
             close("gradient in the offset of eps", in_b, 0, 8 * (tolerance(case) + 8 * EPS), 4.0)
-            close("gradient in v", in_v, 0, node_slack(case, sigma2), scale)
+            rounding = 0.001 * case.T * 8 * EPS * (1 + abs(np.log(low)))  # of log high - log low
+            close("gradient in v", in_v, 0, node_slack(case, sigma2), scale + rounding)
         elif high > 1.5 * low:
             want = scale / 2 * (1 - (low / high) ** 0.25)
             close("gradient in v, if it is off", in_v, want, 0.01)
@@ -649,7 +656,7 @@ def test_cfg_eq6_means_that_w_0_is_conditional_and_w_minus_1_is_not():
     close("eps at w = -1 + 1e-12", improved.guided(net, y, NONE, -1 + 1e-12)(xt, t), none, 1e-10, 1.0)
     close("eps at w = 1", improved.guided(net, y, NONE, 1.0)(xt, t), 2 * one - none, 1e-14, 1 + abs(one))
     same("eps by default", improved.guided(net, y, NONE)(xt, t), one)
-    assert (one - none).abs().min() > 0.01
+    assert (one - none).abs().max() > 0.01
 
 
 def a_network(variances=False):
@@ -691,7 +698,7 @@ def test_cfg_eq6_gives_each_image_its_own_t():
     """In both halves of the call."""
     y, xt, t = torch.tensor([0, 1]), normal(2, 1), torch.tensor([3, 7])
     got = improved.guided(lambda xt, t, y: xt * t[:, None] + 10.0 * y[:, None], y, 2, 1.0)(xt, t)
-    close("eps", got, xt * t[:, None] + 10.0 * (2 * y - 2)[:, None], 1e-14)
+    close("eps", got, xt * t[:, None] + 10.0 * (2 * y - 2)[:, None], 1e-14, 40.0)  # of the terms
 
 
 def test_cfg_eq6_is_formed_in_the_precision_of_the_images():
