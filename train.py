@@ -109,7 +109,7 @@ def main(cfg, given):
         torch.use_deterministic_algorithms(True)
     several = world > 1 and torch.cuda.is_available() and cfg.device in ("auto", "cuda")
     device = sample.pick_device(f"cuda:{os.environ['LOCAL_RANK']}" if several else cfg.device)
-    bf16 = sample.use_precision(cfg.precision, device)
+    cuda, bf16 = device.type == "cuda", sample.use_precision(cfg.precision, device)
     if bf16 and cfg.compile and device.type == "cpu":  # seen by benchmarks/curves.py, with torch 2.13.0
         raise UsageError("--compile: on a CPU, torch loses gradients of a compiled network in bf16; leave it "
                          "out, or give --precision fp32")
@@ -127,7 +127,6 @@ def main(cfg, given):
     if os.path.exists(cfg.out) and rank == 0 and not (saved and os.path.samefile(cfg.out, cfg.resume)):
         print(f"note: {cfg.out} exists and will be replaced; --resume goes on with it", file=sys.stderr)
     if world > 1:
-        cuda = device.type == "cuda"
         dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=6),
                                 device_id=device if cuda else None)
         if rank > 0:
@@ -169,7 +168,7 @@ def main(cfg, given):
     model = torch.compile(net) if cfg.compile else net
     if world > 1:
         model = torch.nn.parallel.DistributedDataParallel(model)
-    if device.type == "cuda" and images.nbytes < 0.25 * torch.cuda.mem_get_info(device)[0]:
+    if cuda and images.nbytes < 0.25 * torch.cuda.mem_get_info(device)[0]:
         images = images.to(device)
     if rank == 0:
         describe(cfg, shape, N, classes, params, d, device, bf16, step, steps)
@@ -177,7 +176,7 @@ def main(cfg, given):
     def batch(step):
         """x0, labels, t and eps of a step: functions of seed and step alone, whatever the world."""
         torch.manual_seed(mixed(cfg.seed, 1, step))
-        mine, cuda = slice(rank * B // world, (rank + 1) * B // world), device.type == "cuda"
+        mine = slice(rank * B // world, (rank + 1) * B // world)
         i, y = places(step, B, N, cfg.seed), None
         x0 = images[i[mine].to(images.device, non_blocking=cuda)].to(device, non_blocking=cuda)
         x0 = x0.float() / 127.5 - 1

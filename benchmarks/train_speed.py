@@ -124,9 +124,9 @@ def take_turns(steps, rounds, device):
     for i in range(rounds + 2):
         for name, step in steps.items():
             wait_for(device)
-            before = torch.cuda.memory_allocated(device) if cuda else 0
             if cuda:
                 torch.cuda.reset_peak_memory_stats(device)
+                before = torch.cuda.memory_allocated(device)
             began = time.perf_counter()
             step()
             wait_for(device)

@@ -163,7 +163,7 @@ def test_bfloat16_draws_nearly_the_same_picture(call, ckpt):
     assert 0 < off.mean() < 2, off.mean()
 
 
-def test_the_commands_say_the_same_on_another_device_and_seldom_wait_for_it(call, capsys):
+def test_the_commands_say_the_same_on_another_device_and_seldom_wait_for_it(call):
     """Training, stopped and resumed, sampling and evaluation, on the device of tests/far.py: the CPU's
     losses, pictures and bits/dim, but for the order of sums. A GPU would be waited for at reports and at
     pictures only: there are fewer of both than steps."""
