@@ -33,10 +33,10 @@ import zipfile
 import zlib
 from dataclasses import dataclass, fields
 
-from judge import equal
 from mutants import ROOT, in_parallel
 
 sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "tests" / "commands"))
 
 import hypothesis
 import numpy as np
@@ -44,6 +44,7 @@ import torch
 import torch._dynamo  # which every optimizer imports: once here, not in every child
 from hypothesis import strategies as st
 from PIL import Image
+from running import equal
 
 import ddpm
 import evaluate

@@ -981,7 +981,7 @@ def is_assertion(message):
 
 def locate(test):
     """The node id of a test by its name."""
-    for path in sorted((ROOT / "tests").glob("test_*.py")):
+    for path in sorted((ROOT / "tests" / "specification").glob("test_*.py")):
         if f"def {test}(" in path.read_text():
             return f"{path}::{test}"
     raise SystemExit(f"no test is called {test}")

@@ -164,12 +164,12 @@ def try_mutant(mutant):
     file, _, line, _, _, source = mutant
     signal.alarm(600)
     if file == "ddpm.py":
-        files = sorted(str(p) for p in (ROOT / "tests").glob("test_[1-9]_*.py"))
+        files = sorted(str(p) for p in (ROOT / "tests" / "specification").glob("test_[1-9]_*.py"))
         own = {2: "234"}.get(section(line), str(section(line)))
         first = [f for f in files if os.path.basename(f)[5] in own]
         rounds = first, [f for f in files if f not in first]
     else:
-        rounds = [[str(ROOT / "tests" / "test_improved.py")]]
+        rounds = [[str(ROOT / "tests" / "specification" / "test_improved.py")]]
     for tests in rounds:
         status, test, _ = judge(source, tests, file)
         if status != 0:

@@ -63,15 +63,6 @@ def same(what, got, want):
     close(what, got, want, 0.0)
 
 
-def equal(a, b):
-    """Two checkpoints agree in every number, bit for bit."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    return all(map(equal, a, b)) if isinstance(a, (list, tuple)) else a == b
-
-
 def within(what, got, want, standard_error, allowed=Z):
     """Assert that `got` is at most `allowed` standard errors from `want` (false alarms, by Z: ALPHA)."""
     __tracebackhide__ = True

@@ -8,11 +8,11 @@ import sys
 
 import pytest
 from mutants import CATALOGUE
+from running import ROOT
 
 import evaluate
 import sample
 import train
-from conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
@@ -24,7 +24,7 @@ SHORT = {
     "train.py": "--epochs 1 --limit 32 --batch-size 8 --width 8 --timesteps 5 --sample-every 0",
     "sample.py": "--n 3 --steps 2",
     "evaluate.py": "--n 2",
-    "-m pytest": "--collect-only -q tests/test_1_schedules.py",
+    "-m pytest": "--collect-only -q tests/specification/test_1_schedules.py",
     "tests/mutants.py": "t = 1 is never drawn",
     "tests/mutate.py": None,  # minutes, whatever is added; .ci/run runs the second
     "tests/faults.py": None,
@@ -57,7 +57,7 @@ def test_every_command_of_the_readme_runs(command, call, tmp_path):
         flags = sample.parse_flags(train.Config, "", words[words.index("train.py") + 1 :])[0]
         assert train.with_recipe(flags).lr == 2e-4
     elif "--ddpm" in command:  # test_house.py runs it, from elsewhere and with a file that is wrong
-        assert words == "-m pytest tests --ddpm path/to/my_ddpm.py".split()
+        assert words == "-m pytest tests/specification --ddpm path/to/my_ddpm.py".split()
     elif script is None:
         assert command in ("python3 -m venv .venv", ".venv/bin/pip install -r requirements.txt")
         assert (ROOT / "requirements.txt").is_file()
@@ -94,7 +94,7 @@ def test_the_map_of_the_readme_gives_the_lines_equations_and_tests_of_each_secti
         start = starts[n]
         end = next(e for e in ends if e > start) - 1
         assert (int(first), int(last)) == (start, end), f"section {n} is lines {start}-{end}"
-        assert (ROOT / test).is_file() and test.startswith(f"tests/test_{n}_")
+        assert (ROOT / test).is_file() and test.startswith(f"tests/specification/test_{n}_")
         in_file = next(line for line in lines if line.startswith(f"    {n}  {title} "))
         assert equations == in_file[29:59].strip()
 
@@ -107,5 +107,5 @@ def test_the_numbers_of_the_readme_are_those_of_the_files(request):
     assert (ROOT / "docs" / "grid.png").is_file()
     words = set(re.findall(r"\b[A-Z]{5,}\b", README)) - {"CIFAR", "README", "SIGTERM", "SIGKILL"}
     assert not words, "a placeholder is left"
-    if len({item.path for item in request.session.items}) == len(list(ROOT.glob("tests/test_*.py"))):
+    if len({item.path for item in request.session.items}) == len(list(ROOT.glob("tests/*/test_*.py"))):
         assert f"{len(request.session.items)} tests" in README, len(request.session.items)

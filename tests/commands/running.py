@@ -1,0 +1,34 @@
+"""How the tests run a command: as a process of its own, or (the fixture `call`) inside this one."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import torch
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+TINY = "--limit 64 --batch-size 16 --width 8 --timesteps 20 --warmup 0 --device cpu --sample-every 0".split()
+
+
+def start(*command, **how):
+    """A command of this project as a process of its own, without a terminal."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, ROOT / command[0], *map(str, command[1:])], env=env, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **how)  # fmt: skip
+
+
+def run(*command, **how):
+    """(exit status, standard output, standard error) of a command."""
+    process = start(*command, **how)
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+def equal(a, b):
+    """Two checkpoints agree in every number, bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    return all(map(equal, a, b)) if isinstance(a, (list, tuple)) else a == b
