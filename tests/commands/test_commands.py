@@ -123,9 +123,9 @@ def test_bfloat16_draws_nearly_the_same_picture(call, ckpt):
 
 
 def test_the_commands_say_the_same_on_another_device_and_seldom_wait_for_it(call):
-    """Training, stopped and resumed, sampling and evaluation, on the device of tests/far.py: the CPU's
-    losses, pictures (a level of 256 on average) and bits/dim, but for the order of sums. A GPU would be waited for at reports and at
-    pictures only: there are fewer of both than steps."""
+    """Training, stopped and resumed, sampling and evaluation, on the device of far.py: the CPU's losses,
+    pictures (within a level of 256 on average) and bits/dim, but for the order of sums. A GPU would be
+    waited for at reports and at pictures only: there are fewer of both than steps."""
     tiny = [*TINY, "--limit", 32, "--batch-size", 4, "--timesteps", 6, "--flip", "yes", "--dropout", 0.1,
             "--log", "log"]  # fmt: skip
     drawing = "--ckpt ckpt.pt --out a.npz --n 4 --guidance 1 --steps".split()
