@@ -1,0 +1,251 @@
+"""Our networks and samplers next to the real diffusers', in both directions.
+
+    pip install diffusers safetensors           in an environment of their own, with requirements.txt
+    python tests/peers/compare_diffusers.py                small networks and their samplers, a minute
+    python tests/peers/compare_diffusers.py --full         the published networks' sizes too, half an hour
+    python tests/peers/compare_diffusers.py --fixture      writes tests/fixtures/diffusers, for test_convert.py
+
+Weights are random, and each differs from every other, norms and biases too. Prints the largest difference
+of each comparison; exits with 1 if one is larger than it may be.
+"""
+
+import argparse
+import contextlib
+import io
+import pathlib
+import shutil
+import sys
+import tempfile
+
+import numpy as np
+import torch
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel  # noqa: E402
+from diffusers.utils import logging  # noqa: E402
+
+import ddpm  # noqa: E402
+import improved  # noqa: E402
+from support import diffusers_format  # noqa: E402
+
+SAME_OUTPUT, SAME_SAMPLE = 1e-5, 1e-4  # float32, tens of layers, and those once a step
+# What each published network says, and UNet2DModel's own defaults do not.
+AUTHORS = dict(act_fn="silu", attention_head_dim=None, downsample_padding=0, flip_sin_to_cos=False,
+               freq_shift=1, norm_eps=1e-6, layers_per_block=2)  # fmt: skip
+
+
+def settings(widths, attention, **other):
+    """Those of a UNet2DModel with so many channels a level, and attention on some of the levels."""
+    kinds = ["Attn" * (level in attention) for level in range(len(widths))]
+    return {**AUTHORS, "block_out_channels": widths, "down_block_types": [f"{k}DownBlock2D" for k in kinds],
+            "up_block_types": [f"{k}UpBlock2D" for k in reversed(kinds)], **other}  # fmt: skip
+
+
+CIFAR10 = settings((128, 256, 256, 256), (1,), sample_size=32, dropout=0.1)
+LARGE = settings((128, 128, 256, 256, 512, 512), (4,), sample_size=64)  # the published ones: 256
+SMALL = {
+    "two levels": settings((16, 32), (1,), sample_size=8, norm_num_groups=8),
+    "attention everywhere, one block": settings((8, 16, 8), (0, 1, 2), sample_size=16, norm_num_groups=4,
+                                                layers_per_block=1),
+    "one level, grey, not square": settings((16,), (), sample_size=[6, 10], norm_num_groups=4, in_channels=1,
+                                            out_channels=1),
+    "learned variances": settings((8, 16), (1,), sample_size=8, norm_num_groups=4, out_channels=6),
+    "heads of 16, one each": settings((16, 16), (0,), sample_size=8, norm_num_groups=8,
+                                      attention_head_dim=16),
+    "classes": settings((8, 8), (), sample_size=8, norm_num_groups=4, num_class_embeds=4),
+}  # fmt: skip
+
+
+def network(config, seed=0):
+    """Their network with these settings. All of its weights are different ones."""
+    torch.manual_seed(seed)
+    net = UNet2DModel(**config).eval()
+    with torch.no_grad():
+        for weights in net.parameters():
+            if weights.ndim == 1:  # where training begins, norms are 1 and biases 0
+                weights.add_(0.1 * torch.randn_like(weights))
+    return net
+
+
+def ours(held):
+    """The network that was read out of a folder."""
+    net = ddpm.UNet(**held["network"]).eval()
+    net.load_state_dict(held["weights"])
+    return net
+
+
+@torch.no_grad()
+def output_error(theirs, net, steps, batch, y=None):
+    """The largest difference of two networks, over steps counted from 1, one image each."""
+    size = theirs.config.sample_size
+    H, W = (size, size) if isinstance(size, int) else size
+    worst = 0.0
+    for first in range(0, len(steps), batch):
+        t = torch.tensor(steps[first : first + batch])
+        x = torch.randn(len(t), theirs.config.in_channels, H, W)
+        labels = None if y is None else torch.arange(len(t)) % y
+        a, b = theirs(x, t - 1, class_labels=labels).sample, net(x, t, *([] if y is None else [labels]))
+        C = x.shape[1]
+        if a.shape[1] > C:  # learned variances
+            a = torch.cat([a[:, :C], (a[:, C:] + 1) / 2], dim=1)
+        worst = max(worst, (a - b).abs().max().item())
+    return worst
+
+
+def old_names(folder):
+    """Renames the attention of a saved network as it was called before 2023."""
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "diffusion_pytorch_model.safetensors"
+    new = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    weights = load_file(path)
+    for name in list(weights):
+        for now, before in new.items():
+            if f".{now}." in name:
+                weights[name.replace(f".{now}.", f".{before}.")] = weights.pop(name)
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+class Judge:
+    """Prints each comparison, and remembers whether all were close enough."""
+
+    failed = False
+
+    def __call__(self, what, error, allowed):
+        self.failed |= not error <= allowed  # so that NaN fails
+        print(f"{'ok' if error <= allowed else 'TOO LARGE':>9}  {error:.1e} of {allowed:.0e}  {what}", flush=True)
+
+
+def compare_networks(judge, folder, name, config, steps, batch=20):
+    """Written by diffusers, by either generation and in either format; read by us; written by us again."""
+    theirs, y = network(config), config.get("num_class_embeds")
+    classes = [f"class {i}" for i in range(y - 1)] if y else None
+    learned = theirs.config.out_channels > theirs.config.in_channels
+    scheduler = DDPMScheduler(variance_type="learned_range" if learned else "fixed_large")
+    theirs.save_pretrained(folder / "unet")
+    scheduler.save_pretrained(folder / "scheduler")
+    held = diffusers_format.read_folder(folder, classes)
+    judge(f"{name}: diffusers to ours", output_error(theirs, ours(held), steps, batch, y), SAME_OUTPUT)
+
+    diffusers_format.write_folder(folder / "back", held)
+    back = UNet2DModel.from_pretrained(folder / "back").eval()
+    judge(f"{name}: ours to diffusers", output_error(back, ours(held), steps, batch, y), SAME_OUTPUT)
+    theirs.save_pretrained(folder / "unet", safe_serialization=False)  # a .bin
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    again = diffusers_format.read_folder(folder, classes)
+    same = all(torch.equal(again["weights"][k], v) for k, v in held["weights"].items())
+    judge(f"{name}: .bin as .safetensors", 0 if same else torch.inf, 0)
+
+    theirs.save_pretrained(folder / "old")
+    old_names(folder / "old")
+    scheduler.save_pretrained(folder / "old")
+    loads = UNet2DModel.from_pretrained(folder / "old").eval()
+    judge(f"{name}: the old names, in diffusers", output_error(loads, ours(held), steps[:1], 1, y), SAME_OUTPUT)
+    old = diffusers_format.read_folder(folder / "old", classes)
+    same = all(torch.equal(old["weights"][k], v) for k, v in held["weights"].items())
+    judge(f"{name}: the old names, in ours", 0 if same else torch.inf, 0)
+
+
+SCHEDULERS = {
+    "fixed_large": DDPMScheduler(20, variance_type="fixed_large"),
+    "fixed_small, cosine": DDPMScheduler(20, beta_schedule="squaredcos_cap_v2"),
+    "scaled_linear, not clipped": DDPMScheduler(20, beta_schedule="scaled_linear", beta_start=1e-3,
+                                                clip_sample=False),
+    "sigmoid, fixed_small_log": DDPMScheduler(20, beta_schedule="sigmoid", beta_end=0.3,
+                                              variance_type="fixed_small_log"),
+    "a table": DDPMScheduler(20, trained_betas=np.geomspace(1e-3, 0.5, 20).tolist()),
+    "learned_range": DDPMScheduler(20, beta_end=0.3, variance_type="learned_range"),
+}  # fmt: skip
+
+
+@torch.no_grad()
+def sample_theirs(net, scheduler, seed=0):
+    """What DDPMPipeline does, before it turns its images into pixels."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(4, 3, 8, 8, generator=generator)
+    scheduler.set_timesteps(scheduler.config.num_train_timesteps)
+    for t in scheduler.timesteps:
+        x = scheduler.step(net(x, t).sample, t, x, generator=generator).prev_sample
+    return x
+
+
+def sample_ours(held, seed=0):
+    """The same noise through ddpm.py's own loop."""
+    generator, process = torch.Generator().manual_seed(seed), held["process"]
+    x, d, how = torch.randn(4, 3, 8, 8, generator=generator), ddpm.Diffusion(process["beta"]), process["variance"]
+    if how == "learned":
+        return improved.sample_ancestral(ours(held), d, x, process["clip"], generator)
+    return ddpm.sample_ancestral(ours(held), d, x, getattr(d, how), process["clip"], generator)
+
+
+def compare_sampling(judge, folder, name, scheduler):
+    """Whole runs, there and back."""
+    learned = scheduler.config.variance_type == "learned_range"
+    theirs = network(SMALL["learned variances" if learned else "two levels"])
+    DDPMPipeline(theirs, scheduler).save_pretrained(folder / "theirs")
+    held = diffusers_format.read_folder(folder / "theirs")
+    x0 = sample_ours(held)
+    error = (sample_theirs(theirs, scheduler) - x0).abs().max() / x0.abs().max().clamp(min=1)
+    judge(f"{name}: 20 steps by ours", error.item(), SAME_SAMPLE)
+    diffusers_format.write_folder(folder / "ours", held)
+    with contextlib.redirect_stderr(io.StringIO()):  # progress bars
+        pipeline = DDPMPipeline.from_pretrained(folder / "ours")
+        drawn = pipeline(4, torch.Generator().manual_seed(0), 20, output_type="np").images
+    pixels = (x0 / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+    judge(f"{name}: 20 steps by DDPMPipeline", float(np.abs(drawn - pixels).max()), SAME_SAMPLE)
+
+
+def compare_ddim(judge, folder):
+    """DDIM needs no variance: its scheduler's settings are read as well."""
+    theirs, scheduler = network(SMALL["two levels"]), DDIMScheduler(20, beta_end=0.3)
+    theirs.save_pretrained(folder)
+    scheduler.save_pretrained(folder)
+    held = diffusers_format.read_folder(folder)
+    d, x = ddpm.Diffusion(held["process"]["beta"]), torch.randn(4, 3, 8, 8)
+    x0 = ddpm.sample_ddim(ours(held), d, x, range(1, 21))
+    scheduler.set_timesteps(20)
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            x = scheduler.step(theirs(x, t).sample, t, x, use_clipped_model_output=True).prev_sample
+    judge("DDIM: 20 steps", (x - x0).abs().max().item(), SAME_SAMPLE)
+
+
+def write_fixture(folder):
+    """A small network, what it says at each of its 20 steps, and what it samples from the generator's noise."""
+    shutil.rmtree(folder, ignore_errors=True)
+    config = settings((8, 16), (1,), sample_size=8, norm_num_groups=4, layers_per_block=1)
+    net, scheduler = network(config, seed=1), DDPMScheduler(20, beta_end=0.3, variance_type="fixed_large")
+    DDPMPipeline(net, scheduler).save_pretrained(folder)
+    x = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        eps = torch.stack([net(x, t).sample for t in range(20)])
+    np.savez(folder / "outputs.npz", x=x, eps=eps, x0=sample_theirs(net, scheduler))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true", help="the published networks' sizes too")
+    parser.add_argument("--fixture", action="store_true", help="write tests/fixtures/diffusers instead")
+    given, judge = parser.parse_args(), Judge()
+    logging.set_verbosity_error()
+    if given.fixture:
+        return write_fixture(ROOT / "tests" / "fixtures" / "diffusers")
+    cases = {name: (config, [1, 2, 3, 500, 999, 1000]) for name, config in SMALL.items()}
+    if given.full:
+        cases["cifar10-32, all 1000 t"] = CIFAR10, list(range(1, 1001))
+        cases["celebahq-256 at 64x64"] = LARGE, list(range(50, 1001, 50))
+    for name, (config, steps) in cases.items():
+        with tempfile.TemporaryDirectory() as folder:
+            compare_networks(judge, pathlib.Path(folder), name, config, steps)
+    for name, scheduler in SCHEDULERS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            compare_sampling(judge, pathlib.Path(folder), name, scheduler)
+    with tempfile.TemporaryDirectory() as folder:
+        compare_ddim(judge, pathlib.Path(folder))
+    sys.exit(judge.failed)
+
+
+if __name__ == "__main__":
+    main()
