@@ -73,7 +73,8 @@ class Settings(dict):
     def __init__(self, path, kinds, fixed, free):
         self.path = path
         super().__init__({name: missing for name, (missing, _) in fixed.items()} | free | read_json(path))
-        self.need("_class_name", self.get("_class_name", kinds[0]) in kinds, f"only {' or '.join(kinds)} fits")
+        ok = self.get("_class_name", kinds[0]) in kinds
+        self.need("_class_name", ok, f"only {' or '.join(kinds)} can be converted")
         for name in self:
             self.need(name, name in fixed or name in free or name.startswith("_"), "it is not known here")
         for name, (_, fit) in fixed.items():
@@ -120,7 +121,8 @@ def read_network(config, tensors):
     config.need("attention_head_dim", one, "in ddpm.py attention has one head, which is null here")
     for name, same in (("attn_norm_num_groups", groups), ("time_embedding_dim", 4 * ch)):
         config.need(name, config[name] in (None, same), f"in ddpm.py it is {same}")
-    C = config.whole("in_channels", 1, 4096)
+    C = config["in_channels"]
+    config.need("in_channels", C in (1, 3), "images here have 3, or 1 if they are grey")
     config.need("out_channels", config["out_channels"] in (C, 2 * C), f"it must be {C}, or {2 * C} if the "
                 "variances are learned")  # fmt: skip
     known = None if config["num_class_embeds"] is None else config.whole("num_class_embeds", 2, 10**6) - 1
@@ -254,18 +256,17 @@ def matched(path, found, network, column):
     """{name in ddpm.UNet: tensor} out of {their name: Weight}: all of them, nothing else, all finite."""
     current = {".".join(OLD.get(part, part) for part in name.split(".")): name for name in found}
     wanted = names(network, column)
-    missing, extra = [theirs for theirs, _ in wanted.values() if theirs not in current], set(found)
-    weights = {}
-    if missing:
-        raise Failure(f"{path}: {missing[0]} is missing; the network needs it")
-    for name, (theirs, shape) in wanted.items():
-        extra.remove(current[theirs])
+    for theirs, shape in wanted.values():
+        if theirs not in current:
+            raise Failure(f"{path}: {theirs} is missing, and the network needs it")
         has = found[current[theirs]].shape
         if shape not in (has, (*has, 1, 1)):  # a Linear is a 1x1 convolution
-            raise Failure(f"{path}: {shown(current[theirs])} is {shown(str(list(has)))}; the network needs "
-                          f"{list(shape)}")
+            raise Failure(f"{path}: {shown(current[theirs])} is {shown(str(list(has)))}, and the network "
+                          f"needs {list(shape)}")  # fmt: skip
+    extra = found.keys() - {current[theirs] for theirs, _ in wanted.values()}
     if extra:
         raise Failure(f"{path}: {shown(min(extra))} is not a part of the network")
+    weights = {}
     for name, (theirs, shape) in wanted.items():
         weights[name] = found[current[theirs]].read().reshape(shape)
         if not weights[name].isfinite().all():
@@ -288,8 +289,9 @@ def read_folder(folder, class_names=None):
     if not os.path.isfile(path):
         raise Failure(f"{path}: no such file; a folder in diffusers' layout has it")
     config = Settings(path, ["UNet2DModel"], FIXED, FREE)
-    files = [path.replace("config.json", f"diffusion_pytorch_model.{kind}") for kind in ("safetensors", "bin")]
-    file = next(filter(os.path.isfile, files), files[0])
+    safe, pickled = (os.path.join(os.path.dirname(path), f"diffusion_pytorch_model.{kind}")
+                     for kind in ("safetensors", "bin"))  # fmt: skip
+    file = pickled if os.path.isfile(pickled) and not os.path.isfile(safe) else safe
     found = weights_in(file)
     network, shape = read_network(config, len(found))
     learned = network["out_channels"] > shape[0]
@@ -406,6 +408,6 @@ def scheduler_config(process):
         "_class_name": "DDPMScheduler", "_diffusers_version": VERSION,
         **{name: fit[0] for name, (_, fit) in PROCESS_FIXED.items()},
         "num_train_timesteps": len(beta), "beta_schedule": named or "linear", "beta_start": 1e-4,
-        "beta_end": 0.02, "trained_betas": None if named else beta, "variance_type": theirs[process["variance"]],
-        "clip_sample": process["clip"],
+        "beta_end": 0.02, "trained_betas": None if named else beta,
+        "variance_type": theirs[process["variance"]], "clip_sample": process["clip"],
     }  # fmt: skip

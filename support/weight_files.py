@@ -56,7 +56,7 @@ def read_safetensors(path):
     start, weights, end = 8 + length, {}, 0
     for name, (dtype, shape, first, last) in sorted(header.items(), key=lambda item: item[1][2:]):
         if first != end:
-            raise Failure(f"{path}: damaged: {shown(name)} begins at byte {first:,} of the data, and not at {end:,}")
+            raise Failure(f"{path}: damaged: {shown(name)} begins at {first:,}, and not at {end:,}")
         weights[name], end = Weight(shape, reader(path, start + first, last - first, dtype, shape)), last
     if start + end != size:
         raise Failure(f"{path}: damaged: its tensors end at byte {start + end:,}, the file at {size:,}")
@@ -89,7 +89,7 @@ def parse_entry(name, entry):
         raise ValueError(f"{shown(name)}: needs a dtype, a shape and data_offsets")
     dtype, shape, span = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise ValueError(f"{shown(name)}: its dtype is {shown(repr(dtype))}, and not one of {', '.join(DTYPES)}")
+        raise ValueError(f"{shown(name)}: of {shown(repr(dtype))}, and not of {', '.join(DTYPES)}")
     if not all(isinstance(numbers, list) and all(type(n) is int and 0 <= n < 2**63 for n in numbers)
                for numbers in (shape, span)) or len(span) != 2:  # fmt: skip
         raise ValueError(f"{shown(name)}: its shape or data_offsets are no whole numbers")

@@ -3,7 +3,7 @@
     pip install diffusers safetensors           in an environment of their own, with requirements.txt
     python tests/peers/compare_diffusers.py                small networks and their samplers, a minute
     python tests/peers/compare_diffusers.py --full         the published networks' sizes too, half an hour
-    python tests/peers/compare_diffusers.py --fixture      writes tests/fixtures/diffusers, for test_convert.py
+    python tests/peers/compare_diffusers.py --fixture      writes tests/fixtures/diffusers
 
 Weights are random, and each differs from every other, norms and biases too. Prints the largest difference
 of each comparison; exits with 1 if one is larger than it may be.
@@ -115,7 +115,8 @@ class Judge:
 
     def __call__(self, what, error, allowed):
         self.failed |= not error <= allowed  # so that NaN fails
-        print(f"{'ok' if error <= allowed else 'TOO LARGE':>9}  {error:.1e} of {allowed:.0e}  {what}", flush=True)
+        verdict = "ok" if error <= allowed else "TOO LARGE"
+        print(f"{verdict:>9}  {error:.1e} of {allowed:.0e}  {what}", flush=True)
 
 
 def compare_networks(judge, folder, name, config, steps, batch=20):
@@ -142,7 +143,8 @@ def compare_networks(judge, folder, name, config, steps, batch=20):
     old_names(folder / "old")
     scheduler.save_pretrained(folder / "old")
     loads = UNet2DModel.from_pretrained(folder / "old").eval()
-    judge(f"{name}: the old names, in diffusers", output_error(loads, ours(held), steps[:1], 1, y), SAME_OUTPUT)
+    error = output_error(loads, ours(held), steps[:1], 1, y)
+    judge(f"{name}: the old names, in diffusers", error, SAME_OUTPUT)
     old = diffusers_format.read_folder(folder / "old", classes)
     same = all(torch.equal(old["weights"][k], v) for k, v in held["weights"].items())
     judge(f"{name}: the old names, in ours", 0 if same else torch.inf, 0)
@@ -174,10 +176,11 @@ def sample_theirs(net, scheduler, seed=0):
 def sample_ours(held, seed=0):
     """The same noise through ddpm.py's own loop."""
     generator, process = torch.Generator().manual_seed(seed), held["process"]
-    x, d, how = torch.randn(4, 3, 8, 8, generator=generator), ddpm.Diffusion(process["beta"]), process["variance"]
-    if how == "learned":
+    x, d = torch.randn(4, 3, 8, 8, generator=generator), ddpm.Diffusion(process["beta"])
+    if process["variance"] == "learned":
         return improved.sample_ancestral(ours(held), d, x, process["clip"], generator)
-    return ddpm.sample_ancestral(ours(held), d, x, getattr(d, how), process["clip"], generator)
+    sigma2 = getattr(d, process["variance"])
+    return ddpm.sample_ancestral(ours(held), d, x, sigma2, process["clip"], generator)
 
 
 def compare_sampling(judge, folder, name, scheduler):
@@ -213,7 +216,7 @@ def compare_ddim(judge, folder):
 
 
 def write_fixture(folder):
-    """A small network, what it says at each of its 20 steps, and what it samples from the generator's noise."""
+    """A small network, what it says at each of its 20 steps, and what it samples from seed 0."""
     shutil.rmtree(folder, ignore_errors=True)
     config = settings((8, 16), (1,), sample_size=8, norm_num_groups=4, layers_per_block=1)
     net, scheduler = network(config, seed=1), DDPMScheduler(20, beta_end=0.3, variance_type="fixed_large")
@@ -225,7 +228,8 @@ def write_fixture(folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--full", action="store_true", help="the published networks' sizes too")
     parser.add_argument("--fixture", action="store_true", help="write tests/fixtures/diffusers instead")
     given, judge = parser.parse_args(), Judge()
