@@ -7,6 +7,7 @@ What a file holds is a dictionary here, whoever wrote it:
     classes    their names, [] if it knows none
     process    beta: the table beta[0..T]; schedule: its name; variance: beta, beta_tilde or learned; clip
     weights    {name in ddpm.UNet: float32 tensor}
+    assumed    whether no settings of the process came with it, so that it is the paper's
 
 diffusers' words for them are the settings of its UNet2DModel, in config.json, and of its DDPMScheduler,
 in scheduler_config.json. What ddpm.py cannot be is refused by the setting's name.
@@ -296,16 +297,17 @@ def read_folder(folder, class_names=None):
     network, shape = read_network(config, len(found))
     learned = network["out_channels"] > shape[0]
     scheduler = inside("scheduler", "scheduler_config.json")
-    process = authors_process("learned" if learned else "beta")
-    if os.path.isfile(scheduler):
+    process, assumed = authors_process("learned" if learned else "beta"), not os.path.isfile(scheduler)
+    if not assumed:
         kinds = ["DDPMScheduler", "DDIMScheduler"]
         process = read_process(Settings(scheduler, kinds, PROCESS_FIXED, PROCESS_FREE), learned)
-    classes = read_classes(file, network["num_classes"], class_names)
     weights = matched(file, found, network, DIFFUSERS)
+    classes = read_classes(file, network["num_classes"], class_names)
     if learned:  # diffusers' v is (output + 1) / 2, ours is the output
         weights["conv_out.weight"][shape[0] :] /= 2
         weights["conv_out.bias"][shape[0] :].add_(1).div_(2)
-    return dict(network=network, shape=shape, classes=classes, process=process, weights=weights)
+    return dict(network=network, shape=shape, classes=classes, process=process, weights=weights,
+                assumed=assumed)  # fmt: skip
 
 
 def read_classes(file, K, class_names):
@@ -342,7 +344,7 @@ def read_authors(path):
         if {theirs for theirs, _ in names(network, AUTHORS).values()} == found.keys():
             weights = matched(path, found, network, AUTHORS)
             return dict(network=network, shape=shape, classes=[], process=authors_process(variance),
-                        weights=weights)  # fmt: skip
+                        weights=weights, assumed=False)  # fmt: skip
     raise Failure(f"{path}: these are not the weights of the authors' network for CIFAR-10 or for 256x256")
 
 
@@ -350,7 +352,8 @@ def read_authors(path):
 
 
 def write_folder(folder, held):
-    """Writes what read_folder reads, for UNet2DModel and, unless it has classes, for DDPMPipeline."""
+    """Writes into an empty folder what read_folder reads, and diffusers too: UNet2DModel.from_pretrained,
+    and, unless it has classes, DDPMPipeline.from_pretrained."""
     network, (C, H, W), process = held["network"], held["shape"], held["process"]
     if network["mult"][0] != 1:
         raise Failure(f"mult begins with {network['mult'][0]}: in diffusers, the first level is as wide as "
@@ -364,7 +367,6 @@ def write_folder(folder, held):
     for name, (theirs, _) in names(network, DIFFUSERS).items():
         attention = ".attentions." in theirs and weights[name].ndim == 4
         tensors[theirs] = weights[name].flatten(1) if attention else weights[name]
-    os.mkdir(folder)
     files = {"config.json": model_config(network, H, W), "scheduler_config.json": scheduler_config(process)}
     if not held["classes"]:  # DDPMPipeline hands on no labels
         files["model_index.json"] = {

@@ -130,6 +130,7 @@ def compare_networks(judge, folder, name, config, steps, batch=20):
     held = diffusers_format.read_folder(folder, classes)
     judge(f"{name}: diffusers to ours", output_error(theirs, ours(held), steps, batch, y), SAME_OUTPUT)
 
+    (folder / "back").mkdir()
     diffusers_format.write_folder(folder / "back", held)
     back = UNet2DModel.from_pretrained(folder / "back").eval()
     judge(f"{name}: ours to diffusers", output_error(back, ours(held), steps, batch, y), SAME_OUTPUT)
@@ -192,6 +193,7 @@ def compare_sampling(judge, folder, name, scheduler):
     x0 = sample_ours(held)
     error = (sample_theirs(theirs, scheduler) - x0).abs().max() / x0.abs().max().clamp(min=1)
     judge(f"{name}: 20 steps by ours", error.item(), SAME_SAMPLE)
+    (folder / "ours").mkdir()
     diffusers_format.write_folder(folder / "ours", held)
     with contextlib.redirect_stderr(io.StringIO()):  # progress bars
         pipeline = DDPMPipeline.from_pretrained(folder / "ours")
