@@ -19,7 +19,7 @@ from support.progress import Progress
 
 @dataclass(frozen=True)
 class Config:
-    ckpt: str = flag(MISSING, "checkpoint that train.py wrote; it carries its own configuration",
+    ckpt: str = flag(MISSING, "checkpoint that train.py or convert.py wrote; it carries its configuration",
                      group="input", metavar="PATH")
     weights: str = flag("ema", "weights to use: their moving average, or the last", choices=("ema", "raw"))
     data: str | None = flag(None, "images to evaluate: glyphs, cifar10, or a folder (default: those held out "
@@ -42,23 +42,26 @@ def main(cfg, given):
     ckpt, net, d = checkpoint.load_model(cfg.ckpt, cfg.weights, device)
     images, labels, what = held_out(cfg, ckpt)
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        terms = bound(cfg, net, d, images, labels, checkpoint.learned(ckpt), device)
+        terms = bound(cfg, net, d, images, labels, ckpt, device)
     if not terms.isfinite().all():
         raise Failure(f"{cfg.ckpt}: the network's output is not finite; its training diverged")
-    report(terms, f"{len(images):,} {what}, {cfg.weights} weights at step {ckpt['step']}")
+    report(terms, f"{len(images):,} {what}, {checkpoint.title(ckpt, cfg.weights)}")
 
 
 def held_out(cfg, ckpt):
     """The images, sized as the checkpoint's, their labels in its numbers or None, and what to call them."""
-    own, (C, H, W) = ckpt["config"]["data"], ckpt["shape"]
+    own, (C, H, W) = ckpt["config"]["data"] if checkpoint.holds_run(ckpt) else None, ckpt["shape"]
     name = cfg.data or own
+    if not name:
+        raise UsageError(f"--data: {cfg.ckpt} does not say what it was trained on; name images to evaluate")
     name = os.path.abspath(name) if data.is_folder(name) else name
     images, labels, classes = data.load(name, False, cfg.data_dir, (H, W), C, cfg.skip_broken,
-                                        ckpt["config"]["labels"], cfg.n)
+                                        bool(ckpt["classes"]), cfg.n)
     if not ckpt["classes"]:  # glyphs always bring labels; this network was trained without
         labels = None
     elif unknown := sorted(set(classes) - set(ckpt["classes"])):
-        raise Failure(f"--data {name}: the network knows no class {unknown[0]}, but those of {own}")
+        raise Failure(f"--data {name}: the network knows no class {unknown[0]}, but those of "
+                      f"{own or cfg.ckpt}")
     if tuple(images.shape[1:]) != (C, H, W):
         raise UsageError(f"--data {name}: images of {tuple(images.shape[1:])}, but a network for {(C, H, W)}")
     if labels is not None:  # classes have numbers of their own in each folder
@@ -67,10 +70,10 @@ def held_out(cfg, ckpt):
     return images, labels, "images it was trained on" if trained_on else f"held-out images of {name}"
 
 
-def bound(cfg, net, d, images, labels, learned, device):
+def bound(cfg, net, d, images, labels, ckpt, device):
     """The terms (K, N, T + 1) of the bound in bits/dim: for beta, beta_tilde, and a learned variance."""
     N, rows = len(images), []
-    bound_terms = improved.bound_terms if learned else ddpm.bound_terms
+    bound_terms = improved.bound_terms if checkpoint.learned(ckpt) else ddpm.bound_terms
     progress = Progress("evaluating", N * d.T, "image-steps")
     for first in range(0, N, cfg.batch_size):
         x0 = images[first : first + cfg.batch_size].to(device).float() / 127.5 - 1
@@ -82,7 +85,7 @@ def bound(cfg, net, d, images, labels, learned, device):
             progress(first * d.T + len(xt) * int(t[0]), f"image {first + len(xt)} of {N}")
             return net(xt, t, y)
 
-        rows.append(bound_terms(model, d, x0, [d.beta, d.beta_tilde], generator=generators))
+        rows.append(bound_terms(model, d, x0, [d.beta, d.beta_tilde], ckpt["process"]["clip"], generators))
     progress.close()
     return torch.cat(rows, dim=1)
 

@@ -20,10 +20,10 @@ FRAMES = 48  # of a film, about
 
 @dataclass(frozen=True)
 class Config:
-    ckpt: str = flag(MISSING, "checkpoint that train.py wrote; it carries its own configuration",
+    ckpt: str = flag(MISSING, "checkpoint that train.py or convert.py wrote; it carries its configuration",
                      group="input and output", metavar="PATH")
     out: str = flag(MISSING, "X.png: a grid; X.gif or X.webp: a film of the reverse process; X.npz: images "
-                    "as uint8 (N, H, W, C) in arr_0, and their labels in arr_1; X/: a folder of PNGs",
+                    "as uint8 (N, H, W, 3) in arr_0, and their labels in arr_1; X/: a folder of PNGs",
                     metavar="PATH")
     weights: str = flag("ema", "weights to use: their moving average, or the last", choices=("ema", "raw"))
 
@@ -37,13 +37,15 @@ class Config:
     seed: int = flag(0, "image i is drawn from seed + i, at any batch size", low=0, high=2**31)
 
     steps: int | None = flag(
-        None, "number of steps, evenly chosen from T; all of them, the default, is ancestral sampling; fewer "
-        "is DDIM, or ancestral sampling if --variance is given or learned", low=1, group="sampler")
+        None, "number of steps, chosen from T by --grid; all of them, the default, is ancestral sampling; "
+        "fewer is DDIM, or ancestral sampling if --variance is given or learned", low=1, group="sampler")
+    grid: str = flag("even", "which steps to choose: quadratic has more of them near t = 1",
+                     choices=tuple(sampling.GRIDS))
     eta: float | None = flag(None, "noise of DDIM, from 0 (its default) to 1; if given, DDIM is used",
                              low=0, high=1)
     variance: str | None = flag(
         None, "variance of the steps of ancestral sampling (default: learned, if the network has learned it; "
-        "otherwise beta)", choices=("beta", "beta_tilde", "learned"))
+        "otherwise beta, or what came with converted weights)", choices=("beta", "beta_tilde", "learned"))
 
     batch_size: int = flag(256, "number of images drawn at a time", low=1, group="machine")
     device: str = flag("auto", "device to compute on: auto, cpu, cuda, cuda:1, mps, ...")
@@ -78,7 +80,7 @@ def main(cfg, given):
            else f"DDIM, {steps} steps, eta {eta:g}")
     how += f", w = {cfg.guidance:g}" if cfg.guidance else ""
     _, H, W = ckpt["shape"]
-    print(f"{cfg.out}: {len(images)} images of {H}x{W}, {how}, {cfg.weights} weights at step {ckpt['step']}")
+    print(f"{cfg.out}: {len(images)} images of {H}x{W}, {how}, {checkpoint.title(ckpt, cfg.weights)}")
 
 
 def sampler(cfg, ckpt, T):
@@ -94,7 +96,7 @@ def sampler(cfg, ckpt, T):
     # Fewer steps are DDIM by default: with them, fixed variances leave noise in the image. Learned ones adapt
     # to the steps (iDDPM sec. 4).
     implicit = cfg.eta is not None or (steps < T and not cfg.variance and not learned)
-    return steps, (cfg.eta or 0.0) if implicit else None, cfg.variance or ("learned" if learned else "beta")
+    return steps, (cfg.eta or 0.0) if implicit else None, cfg.variance or ckpt["process"]["variance"]
 
 
 def draw(cfg, net, d, ckpt, labels, steps, eta, variance, filming):
@@ -116,7 +118,7 @@ def draw(cfg, net, d, ckpt, labels, steps, eta, variance, filming):
         # A generator for each image, and not one for the batch: a seed gives one image at any batch size.
         seeds = range(cfg.seed + first, cfg.seed + first + len(y))
         x0 = sampling.sample(net, d, ckpt["shape"], seeds, y if ckpt["classes"] else None, steps, eta,
-                             variance, cfg.guidance or 0.0, on_step)
+                             variance, cfg.guidance or 0.0, ckpt["process"]["clip"], cfg.grid, on_step)
         if not x0.isfinite().all():
             raise Failure(f"{cfg.ckpt}: the network's output is not finite; its training diverged")
         images.append(pictures.to_uint8(x0))

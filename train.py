@@ -4,6 +4,7 @@
     python train.py --data cifar10 --epochs 100          the paper's network and settings
     python train.py --data path/to/images --size 64      a folder; with --labels, its subfolders are classes
     python train.py --resume ckpt.pt                     goes on where it stopped, bit for bit
+    python train.py --init ckpt.pt --data path/to/images   a new run from trained weights: fine-tuning
     torchrun --standalone --nproc-per-node 4 -- train.py --data cifar10    four GPUs, the same batches
 
 The file reads from top to bottom: settings; the run, from the data to the network; and its loop, which is
@@ -55,7 +56,10 @@ class Config:
     limit: int | None = flag(None, "number of images to train on, from the first (default: all)", low=1)
 
     # What learns it, and the process that it learns to reverse. A resumed run keeps all of these.
-    width: int | None = own("width", "channels at full resolution", low=4, high=8192, group="network")
+    init: str | None = flag(None, "checkpoint whose averaged weights a new run starts from, on other images, "
+                            "at another size or with other classes; its network, T and schedule are kept, "
+                            "and --lr is a tenth by default", group="network", metavar="PATH")
+    width: int | None = own("width", "channels at full resolution", low=4, high=8192)
     dropout: float | None = own("dropout", "dropout rate in the residual blocks", low=0, high=0.999)
     schedule: str | None = own("schedule", "noise schedule", choices=tuple(checkpoint.SCHEDULES))
     timesteps: int = flag(1000, "T, the number of diffusion steps", low=1, high=10**6)
@@ -94,16 +98,18 @@ class Config:
 
 
 def main(cfg, given):
-    # Settings: the command line's, completed by what suits the data, or by those of the run to resume.
+    # Settings: the command line's, completed by what suits the data, or by those of the run to resume, or
+    # of the weights to start from.
     if data.is_folder(cfg.data):  # its absolute path: the run may be resumed from another folder
         cfg = replace(cfg, data=os.path.abspath(cfg.data))
-    saved = checkpoint.load(cfg.resume) if cfg.resume else None
-    with checkpoint.refusing(cfg.resume):
-        cfg = recipes.resumed(cfg, given, saved) if saved else recipes.complete(cfg)
+    saved, start = (checkpoint.load(path) if path else None for path in (cfg.resume, cfg.init))
+    with checkpoint.refusing(cfg.resume or cfg.init):
+        cfg = (recipes.resumed(cfg, given, saved) if saved else recipes.started(cfg, given, start) if start
+               else recipes.complete(cfg))
     workers.share(cfg.batch_size)
     size = parse_size(cfg.size) if cfg.size else None
     if size:  # what the network cannot divide is refused now, not after an hour of reading images
-        recipes.network(cfg, (cfg.channels, *size), 0)
+        recipes.network(cfg, (cfg.channels, *size), 0, start)
 
     # Device and precision. torchrun gives each process a GPU of its own.
     device = devices.pick_device(workers.own_device(cfg.device))
@@ -123,8 +129,9 @@ def main(cfg, given):
                               cfg.limit)
 
     # Network, moving average and optimiser: new ones, or those of the run to resume.
-    with checkpoint.refusing(cfg.resume):
-        run, d = begin(cfg, saved, train_set, device), checkpoint.diffusion(asdict(cfg))
+    with checkpoint.refusing(cfg.resume or cfg.init):
+        run = begin(cfg, saved, start, train_set, device)
+        d = ddpm.Diffusion(run.about["process"]["beta"])
     steps = math.ceil(cfg.epochs * run.about["images"] / cfg.batch_size)
     if run.step >= steps:
         done = f"{run.step * cfg.batch_size / run.about['images']:g} of {cfg.epochs} epochs"
@@ -161,22 +168,28 @@ class Run:
     ema: ddpm.UNet  # the moving average of its weights: samples are drawn from it
     optimizer: torch.optim.Adam
     step: int
-    about: dict  # network: the arguments of UNet; shape, classes, images (their number), fingerprint
+    about: dict  # network (arguments of UNet), process, shape, classes, images (their number), fingerprint
 
 
-def begin(cfg, saved, train_set, device):
-    """The run before its first step, or as it was saved. Refuses to go on with other images."""
+def begin(cfg, saved, start, train_set, device):
+    """The run before its first step, with the weights of `start` if there are any, or as it was saved.
+    Refuses to go on with other images."""
     about = dict(shape=tuple(train_set.images.shape[1:]), classes=train_set.classes,
                  images=len(train_set.images), fingerprint=data.fingerprint(train_set))
     if saved:
         checkpoint.refuse_other_images(cfg.data, about, saved)
-        about["network"] = saved["network"]
+        about.update(network=saved["network"], process=saved["process"])
     else:
-        about["network"] = recipes.network(cfg, about["shape"], len(about["classes"]))
+        about["network"] = recipes.network(cfg, about["shape"], len(about["classes"]), start)
+        about["process"] = (start["process"] if start
+                            else checkpoint.process(cfg.schedule, cfg.timesteps, cfg.variance))
 
     # The weights are drawn on the CPU, so that a seed gives the same ones on every device.
     torch.manual_seed(batches.mixed(cfg.seed, 0))
     net = ddpm.UNet(**about["network"]).to(device, memory_format=torch.channels_last)
+    if start:
+        net.load_state_dict(checkpoint.starting_weights(start, about["classes"]))
+        say_fresh(cfg, start, about["classes"])
     ema = copy.deepcopy(net).eval().requires_grad_(False)
     optimizer = torch.optim.Adam(net.parameters(), cfg.lr, fused=device.type in ("cuda", "cpu", "mps"))
     run = Run(net, ema, optimizer, 0, about)
@@ -187,6 +200,16 @@ def begin(cfg, saved, train_set, device):
         checkpoint.fit(len(optimizer.state) == len(list(net.parameters())))
         run.step = saved["step"]
     return run
+
+
+def say_fresh(cfg, start, classes):
+    """Prints what a new run does not take over from the weights that it starts from."""
+    new = [name for name in classes if name not in start["classes"]]
+    few = ", ".join(new[:5]) + (", ..." if new[5:] else "")
+    if workers.is_first():
+        title = checkpoint.title(start, "ema")
+        print(f"starts from {cfg.init}, {title}; afresh: optimiser, average and steps"
+              + (f"; and the classes {few}, which begin as no label" if new else ""))
 
 
 # --- The loop ------------------------------------------------------------------------------------
@@ -276,6 +299,7 @@ def draw_grid(cfg, run, d, epoch):
     classes = run.about["classes"]
     y, rows = sampling.class_labels(classes)
     how = dict(variance="learned") if cfg.variance == "learned" else dict(eta=1.0)
+    how["clip"] = run.about["process"]["clip"]
     parts = [slice(i, i + cfg.batch_size) for i in range(0, len(y), cfg.batch_size)]
     x0 = torch.cat([sampling.sample(run.ema, d, run.about["shape"], range(len(y))[part],
                                     y[part] if classes else None, min(50, d.T), **how) for part in parts])

@@ -1,7 +1,8 @@
-"""The checkpoint: one file that holds a run, or a network to sample from. It carries its configuration.
+"""The checkpoint: one file that holds a network with its process, and the run that trained it.
 
-It is a torch.save archive of a dictionary (CONTENTS), followed by a seal: a SHA-256 of every byte before.
-torch.load alone accepts most bit flips, as other weights. Reading runs no code of the file.
+It is a torch.save archive of a dictionary, followed by a seal: a SHA-256 of every byte before. torch.load
+alone accepts most bit flips, as other weights. Reading runs no code of the file. What convert.py brought in
+has no run: it can be sampled, evaluated, and trained on with --init, but not resumed.
 """
 
 import contextlib
@@ -16,16 +17,17 @@ import ddpm
 from support.errors import Failure, out_of_memory
 from support.files import replacing
 
-FORMAT = 1  # a file with a higher number is refused
+FORMAT = 2  # a higher number is refused; format 1 had no process, which followed from its config
 SEAL = b"\nddpm checkpoint; SHA-256 of all above: "  # and 32 bytes end the file; torch.load skips them
-CONTENTS = dict(config=dict, network=dict, shape=tuple, classes=list, images=int, step=int, model=dict,
-                ema=dict, optimizer=dict, fingerprint=int)
+NETWORK = dict(network=dict, shape=tuple, classes=list, process=dict, step=int, model=dict, ema=dict)
+RUN = dict(config=dict, images=int, fingerprint=int, optimizer=dict)  # all of these, or none
+PROCESS = dict(beta=torch.Tensor, schedule=str, variance=str, clip=bool)  # and the defaults of sampling
 SCHEDULES = {"linear": ddpm.linear_schedule, "cosine": ddpm.cosine_schedule,
              "exponential": ddpm.exponential_schedule}
 
 
 def save(path, ckpt):
-    """Writes a dictionary of CONTENTS, whole or not at all. Raises Failure on a full disk."""
+    """Writes a dictionary of NETWORK and perhaps RUN, whole or not at all. Raises Failure on a full disk."""
     with replacing(path) as file:
         try:
             torch.save({"ddpm_format": FORMAT, **ckpt}, file)
@@ -47,12 +49,29 @@ def load(path):
         raise Failure(f"{path}: sealed as a checkpoint, but cannot be read as one") from None
     if not isinstance(ckpt, dict) or "ddpm_format" not in ckpt:
         raise Failure(f"{path}: sealed as a checkpoint, but does not hold one")
-    if ckpt["ddpm_format"] != FORMAT:
+    if ckpt["ddpm_format"] not in (1, FORMAT):
         raise Failure(f"{path}: its format, {ckpt['ddpm_format']}, is newer than this program's, "
                       f"{FORMAT}; update the program")
     with refusing(path):
+        if ckpt["ddpm_format"] == 1:
+            config = ckpt["config"]
+            ckpt["process"] = process(config["schedule"], config["timesteps"], config["variance"])
         check_contents(ckpt)
+        for weights in (ckpt["model"], ckpt["ema"]):
+            check_weights(ckpt["network"], weights, os.path.getsize(path))
     return ckpt
+
+
+def process(schedule, T, variance):
+    """The process of a run's settings: its table of betas, and how to sample from it by default."""
+    fit(0 < T <= 10**6)
+    return dict(beta=SCHEDULES[schedule](T), schedule=schedule, clip=True,
+                variance="learned" if variance == "learned" else "beta")
+
+
+def holds_run(ckpt):
+    """Whether there is a run in it to go on with, and not only a network."""
+    return "config" in ckpt
 
 
 def check_seal(path):
@@ -60,25 +79,47 @@ def check_seal(path):
     if not os.path.isfile(path):
         problem = "is a folder" if os.path.isdir(path) else "no such file"
         raise Failure(f"{path}: {problem}; train.py writes checkpoints (--out)")
-    end, size = len(SEAL) + 32, os.path.getsize(path)
-    data = np.memmap(path, np.uint8, "r") if size else np.zeros(0, np.uint8)
-    if size < end or data[size - end : size - 32].tobytes() != SEAL:
+    if not sealed(path):
         raise Failure(f"{path}: not a checkpoint of train.py, or not all of one")
-    if hashlib.sha256(data[: size - end]).digest() != data[size - 32 :].tobytes():
+    data = np.memmap(path, np.uint8, "r")
+    if hashlib.sha256(data[: -len(SEAL) - 32]).digest() != data[-32:].tobytes():
         raise Failure(f"{path}: damaged: its checksum does not match its contents")
+
+
+def sealed(path):
+    """Whether a file ends as a checkpoint does."""
+    with open(path, "rb") as file:
+        file.seek(max(0, os.path.getsize(path) - len(SEAL) - 32))
+        return file.read(len(SEAL)) == SEAL
 
 
 def check_contents(ckpt):
     """Raises an exception that refusing() turns into one line, unless the parts fit together."""
-    network, (C, H, W), config = ckpt["network"], ckpt["shape"], ckpt["config"]
+    network, (C, H, W), process = ckpt["network"], ckpt["shape"], ckpt["process"]
     factor = 2 ** (len(network["mult"]) - 1)
-    fit(all(isinstance(ckpt[name], kind) for name, kind in CONTENTS.items()))
+    wanted = NETWORK | RUN if any(name in ckpt for name in RUN) else NETWORK
+    fit(all(isinstance(ckpt[name], kind) for name, kind in wanted.items()))
+    fit(all(isinstance(process[name], kind) for name, kind in PROCESS.items()))
+    fit(process["beta"].dtype == torch.float64 and 1 < len(process["beta"]) <= 10**6 + 1)
     fit(len(ckpt["classes"]) == (network["num_classes"] or 0))
     fit(all(isinstance(name, str) for name in ckpt["classes"]))
-    fit(isinstance(config["data"], str) and isinstance(config["labels"], bool))
-    fit(C == network["in_channels"] and ckpt["step"] > 0)
-    fit(network["out_channels"] == {"fixed": C, "learned": 2 * C}[config["variance"]])
+    fit(C == network["in_channels"] and C in (1, 3))
+    fit(network["out_channels"] == {"beta": C, "beta_tilde": C, "learned": 2 * C}[process["variance"]])
     fit(H > 0 and W > 0 and H % factor == W % factor == 0)
+    if holds_run(ckpt):
+        fit(isinstance(ckpt["config"]["data"], str) and isinstance(ckpt["config"]["labels"], bool))
+        fit(ckpt["step"] > 0)
+
+
+def check_weights(network, weights, size):
+    """The same, unless these are the weights of the network, and a file of `size` bytes can hold them.
+
+    A network that is larger than its file is refused here, before its memory is asked for."""
+    fit(10 * len(network["mult"]) * (2 * network["blocks"] + 1) <= len(weights))  # ten or more a block
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in ddpm.UNet(**network).state_dict().items()}
+    fit({name: tensor.shape for name, tensor in weights.items()} == shapes)
+    fit(sum(tensor.nbytes for tensor in weights.values()) <= size)
 
 
 def fit(condition):
@@ -121,14 +162,31 @@ def load_model(path, weights="ema", device="cpu"):
     with refusing(path):
         net = ddpm.UNet(**ckpt["network"])
         net.load_state_dict(ckpt["ema" if weights == "ema" else "model"])
-        d = diffusion(ckpt["config"])
+        d = ddpm.Diffusion(ckpt["process"]["beta"])
     # Its weights keep requires_grad: without it, autocast would round them again at every step.
     return ckpt, net.to(device, memory_format=torch.channels_last).eval(), d
 
 
-def diffusion(config):
-    """The diffusion of a run's settings."""
-    return ddpm.Diffusion(SCHEDULES[config["schedule"]](config["timesteps"]))
+def starting_weights(ckpt, classes):
+    """The averaged weights, for a network with these classes: it does at first what the old one did.
+
+    A class keeps its row of the label table by its name. A new one starts as the old "no label", of which a
+    network without classes keeps the effect: the embeddings of time and label are added, so that it becomes
+    a part of the time's bias. An old network without classes has a row of zeros for it."""
+    weights = dict(ckpt["ema"])
+    bias = weights["time.2.bias"]
+    *rows, none = weights.pop("label.weight", torch.zeros(1, len(bias)))
+    if classes:
+        known = dict(zip(ckpt["classes"], rows))
+        weights["label.weight"] = torch.stack([*(known.get(name, none) for name in classes), none])
+    else:
+        weights["time.2.bias"] = bias + none
+    return weights
+
+
+def title(ckpt, weights):
+    """What to call its weights."""
+    return f"{weights} weights at step {ckpt['step']}" if ckpt["step"] else "converted weights"
 
 
 def learned(ckpt):

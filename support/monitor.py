@@ -43,7 +43,8 @@ class Monitor:
         cfg, (C, H, W), K = self.cfg, run.about["shape"], len(run.about["classes"])
         print(f"{cfg.data}: {self.N:,} images, {H}x{W}x{C}" + (f", {K} classes" if K else ""))
         print(f"UNet with {sum(p.numel() for p in run.net.parameters()):,} parameters on "
-              f"{devices.title(self.losses.device)}, {'bf16' if bf16 else 'fp32'}; {cfg.schedule} schedule, "
+              f"{devices.title(self.losses.device)}, {'bf16' if bf16 else 'fp32'}; "
+              f"{run.about['process']['schedule']} schedule, "
               f"T = {d.T}, variance {cfg.variance}")
         print(f"batch {cfg.batch_size}, lr {cfg.lr:g}, warm-up {cfg.warmup}, decay {cfg.decay}, "
               f"ema {cfg.ema:g}, dropout {cfg.dropout:g}, flip {cfg.flip}, seed {cfg.seed}")

@@ -89,7 +89,8 @@ def write(out, kind, images, labels, rows, film):
         return
     with replacing(where(out)) as file:
         if kind == ".npz":
-            np.savez(file, images, **({} if labels is None else {"arr_1": labels}))
+            colour = np.broadcast_to(images, (*images.shape[:3], 3))  # the ADM evaluator takes no grey
+            np.savez(file, colour, **({} if labels is None else {"arr_1": labels}))
         elif kind == ".png":
             grid(images, rows).save(file, "PNG")
         else:

@@ -1,10 +1,11 @@
-"""The settings of a run: those that suit its data, those of the run to resume, and its network's sizes."""
+"""The settings of a run: those that suit its data, those of the run to resume or of the weights to start
+from, and its network's sizes."""
 
 import math
 from dataclasses import replace
 
 from support import command
-from support.checkpoint import fit
+from support.checkpoint import SCHEDULES, fit, holds_run, learned
 from support.data import is_folder
 from support.errors import UsageError
 
@@ -17,11 +18,14 @@ GLYPHS = dict(batch_size=32, lr=4e-3, warmup=20, decay="cosine", ema=0.999, drop
               flip="no", schedule="cosine", width=24, labels=True)
 
 
-def complete(cfg):
-    """`cfg` with the settings of its data wherever no flag gave one."""
+def complete(cfg, shape=(3, 32, 32)):
+    """`cfg` with the settings of its data wherever no flag gave one; a folder's images become `shape`."""
     recipe = GLYPHS if cfg.data == "glyphs" else PAPER
+    if cfg.init:  # trained weights: gentler steps, and a warm-up that only has to fill Adam's averages
+        recipe = dict(recipe, lr=recipe["lr"] / 10, warmup=min(100, recipe["warmup"]))
     if is_folder(cfg.data):
-        recipe = dict(recipe, size="32", channels=3)
+        C, H, W = shape
+        recipe = dict(recipe, size=f"{H}x{W}", channels=C)
     else:
         for name in ("size", "channels"):
             if getattr(cfg, name) is not None:
@@ -29,11 +33,32 @@ def complete(cfg):
     return replace(cfg, **{name: value for name, value in recipe.items() if getattr(cfg, name) is None})
 
 
+def started(cfg, given, start):
+    """The settings of a new run from the weights of the checkpoint `start`, which keep their network and
+    process. Raises UsageError for a flag that contradicts them."""
+    process = start["process"]
+    kept = dict(width=start["network"]["ch"], timesteps=len(process["beta"]) - 1,
+                schedule=process["schedule"] if process["schedule"] in SCHEDULES else None,
+                variance="learned" if learned(start) else "fixed")
+    if is_folder(cfg.data):
+        kept["channels"] = start["shape"][0]
+    for name, value in kept.items():
+        if name in given and getattr(cfg, name) != value:
+            raise UsageError(f"{command.flag_name(name)} {getattr(cfg, name)}: the weights of --init have "
+                             f"{value or 'a table of their own'}, and cannot change it")
+    return replace(complete(cfg, start["shape"]), **kept)
+
+
 def resumed(cfg, given, saved):
     """The settings of a saved run, changed by the flags `given` now. Refuses what a run cannot change.
 
     Raises UsageError for such a flag, and an exception for checkpoint.refusing() if a setting is wrong.
     """
+    if cfg.init:
+        raise UsageError("--init: starts a new run, and --resume goes on with one; give one of them")
+    if not holds_run(saved):
+        raise UsageError(f"--resume {cfg.resume}: holds a network, and no run to go on with; --init starts "
+                         f"one from it")
     for name in ("data", "size", "channels", "labels", "limit", "seed", "batch_size", "schedule", "variance",
                  "timesteps", "width", "dropout"):
         if name in given and getattr(cfg, name) != saved["config"][name]:
@@ -41,19 +66,26 @@ def resumed(cfg, given, saved):
                              f"{saved['config'][name]}, and cannot change it")
     fit({"data", "seed", "timesteps", *PAPER} <= set(saved["config"]))
     settings = command.restored(type(cfg), saved["config"])
-    settings.update({name: getattr(cfg, name) for name in given}, resume=cfg.resume)
+    settings.update({name: getattr(cfg, name) for name in given}, resume=cfg.resume, init=None)
     if "out" not in given:
         settings["out"] = cfg.resume
     return type(cfg)(**settings)
 
 
-def network(cfg, shape, classes):
+def network(cfg, shape, classes, start=None):
     """The arguments of ddpm.UNet for images `shape` (C, H, W) and so many classes.
 
-    Photos have the paper's network for 32x32 or for 256x256, or a shorter one of the latter in between.
-    Raises UsageError for a size or a width that its levels or groups do not divide.
+    Photos have the paper's network for 32x32 or for 256x256, or a shorter one of the latter in between; the
+    weights of the checkpoint `start` keep theirs. Raises UsageError for a size or a width that its levels
+    or groups do not divide.
     """
     (C, H, W), glyphs = shape, cfg.data == "glyphs"
+    if start:
+        takes, levels = start["network"]["in_channels"], len(start["network"]["mult"])
+        if C != takes:
+            raise UsageError(f"--init: its network takes images of {takes} channels, and {cfg.data} has {C}")
+        refuse_uneven(H, W, 2 ** (levels - 1))
+        return dict(start["network"], dropout=cfg.dropout, num_classes=classes or None)
     side = max(H, W)
     if glyphs:
         mult = (1, 2, 2)
