@@ -98,14 +98,12 @@ class Config:
 
 
 def main(cfg, given):
-    # Settings: the command line's, completed by what suits the data, or by those of the run to resume, or
-    # of the weights to start from.
+    # Settings: the command line's, completed by what suits the data, or those of the run to resume.
     if data.is_folder(cfg.data):  # its absolute path: the run may be resumed from another folder
         cfg = replace(cfg, data=os.path.abspath(cfg.data))
     saved, start = (checkpoint.load(path) if path else None for path in (cfg.resume, cfg.init))
     with checkpoint.refusing(cfg.resume or cfg.init):
-        cfg = (recipes.resumed(cfg, given, saved) if saved else recipes.started(cfg, given, start) if start
-               else recipes.complete(cfg))
+        cfg = recipes.settled(cfg, given, saved, start)
     workers.share(cfg.batch_size)
     size = parse_size(cfg.size) if cfg.size else None
     if size:  # what the network cannot divide is refused now, not after an hour of reading images

@@ -6,4 +6,5 @@
     data, recipes, batches      images, the settings that suit them, and the batch of each step
     checkpoint, monitor         what a run keeps, and what it reports
     sampling, pictures          images from a network, and their files
+    diffusers_format            networks as others publish them, and weight_files, the files of their weights
 """

@@ -18,6 +18,13 @@ GLYPHS = dict(batch_size=32, lr=4e-3, warmup=20, decay="cosine", ema=0.999, drop
               flip="no", schedule="cosine", width=24, labels=True)
 
 
+def settled(cfg, given, saved=None, start=None):
+    """The settings of a run: a new one, one to resume (`saved`), or one from other weights (`start`)."""
+    if saved:
+        return resumed(cfg, given, saved)
+    return started(cfg, given, start) if start else complete(cfg)
+
+
 def complete(cfg, shape=(3, 32, 32)):
     """`cfg` with the settings of its data wherever no flag gave one; a folder's images become `shape`."""
     recipe = GLYPHS if cfg.data == "glyphs" else PAPER

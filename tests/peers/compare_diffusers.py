@@ -26,9 +26,10 @@ sys.path.insert(0, str(ROOT))
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel  # noqa: E402
 from diffusers.utils import logging  # noqa: E402
 
+import convert  # noqa: E402
 import ddpm  # noqa: E402
 import improved  # noqa: E402
-from support import diffusers_format  # noqa: E402
+from support import checkpoint  # noqa: E402
 
 SAME_OUTPUT, SAME_SAMPLE = 1e-5, 1e-4  # float32, tens of layers, and those once a step
 # What each published network says, and UNet2DModel's own defaults do not.
@@ -69,11 +70,11 @@ def network(config, seed=0):
     return net
 
 
-def ours(held):
-    """The network that was read out of a folder."""
-    net = ddpm.UNet(**held["network"]).eval()
-    net.load_state_dict(held["weights"])
-    return net
+def converted(source, out, classes=None):
+    """`source` through convert.py, without its report."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        convert.main(convert.Config(ckpt=str(source), out=str(out), classes=classes), set())
+    return out
 
 
 @torch.no_grad()
@@ -122,33 +123,28 @@ class Judge:
 def compare_networks(judge, folder, name, config, steps, batch=20):
     """Written by diffusers, by either generation and in either format; read by us; written by us again."""
     theirs, y = network(config), config.get("num_class_embeds")
-    classes = [f"class {i}" for i in range(y - 1)] if y else None
+    classes = ",".join(f"class {i}" for i in range(y - 1)) if y else None
     learned = theirs.config.out_channels > theirs.config.in_channels
     scheduler = DDPMScheduler(variance_type="learned_range" if learned else "fixed_large")
-    theirs.save_pretrained(folder / "unet")
-    scheduler.save_pretrained(folder / "scheduler")
-    held = diffusers_format.read_folder(folder, classes)
-    judge(f"{name}: diffusers to ours", output_error(theirs, ours(held), steps, batch, y), SAME_OUTPUT)
+    theirs.save_pretrained(folder / "new" / "unet")
+    scheduler.save_pretrained(folder / "new" / "scheduler")
+    ckpt, ours, _ = checkpoint.load_model(converted(folder / "new", folder / "new.pt", classes))
+    judge(f"{name}: diffusers to ours", output_error(theirs, ours, steps, batch, y), SAME_OUTPUT)
 
-    (folder / "back").mkdir()
-    diffusers_format.write_folder(folder / "back", held)
-    back = UNet2DModel.from_pretrained(folder / "back").eval()
-    judge(f"{name}: ours to diffusers", output_error(back, ours(held), steps, batch, y), SAME_OUTPUT)
-    theirs.save_pretrained(folder / "unet", safe_serialization=False)  # a .bin
-    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
-    again = diffusers_format.read_folder(folder, classes)
-    same = all(torch.equal(again["weights"][k], v) for k, v in held["weights"].items())
-    judge(f"{name}: .bin as .safetensors", 0 if same else torch.inf, 0)
+    back = UNet2DModel.from_pretrained(converted(folder / "new.pt", f"{folder}/back/")).eval()
+    judge(f"{name}: ours to diffusers", output_error(back, ours, steps, batch, y), SAME_OUTPUT)
 
+    theirs.save_pretrained(folder / "bin", safe_serialization=False)
     theirs.save_pretrained(folder / "old")
     old_names(folder / "old")
-    scheduler.save_pretrained(folder / "old")
     loads = UNet2DModel.from_pretrained(folder / "old").eval()
-    error = output_error(loads, ours(held), steps[:1], 1, y)
+    error = output_error(loads, ours, steps[:1], 1, y)
     judge(f"{name}: the old names, in diffusers", error, SAME_OUTPUT)
-    old = diffusers_format.read_folder(folder / "old", classes)
-    same = all(torch.equal(old["weights"][k], v) for k, v in held["weights"].items())
-    judge(f"{name}: the old names, in ours", 0 if same else torch.inf, 0)
+    for kind in ("bin", "old"):
+        scheduler.save_pretrained(folder / kind)
+        again = checkpoint.load(converted(folder / kind, folder / f"{kind}.pt", classes))
+        same = all(torch.equal(again["ema"][k], v) for k, v in ckpt["ema"].items())
+        judge(f"{name}: the {kind} format is the same network", 0 if same else torch.inf, 0)
 
 
 SCHEDULERS = {
@@ -174,14 +170,14 @@ def sample_theirs(net, scheduler, seed=0):
     return x
 
 
-def sample_ours(held, seed=0):
-    """The same noise through ddpm.py's own loop."""
-    generator, process = torch.Generator().manual_seed(seed), held["process"]
-    x, d = torch.randn(4, 3, 8, 8, generator=generator), ddpm.Diffusion(process["beta"])
-    if process["variance"] == "learned":
-        return improved.sample_ancestral(ours(held), d, x, process["clip"], generator)
-    sigma2 = getattr(d, process["variance"])
-    return ddpm.sample_ancestral(ours(held), d, x, sigma2, process["clip"], generator)
+def sample_ours(path, seed=0):
+    """The same noise through ddpm.py's own loop, with the variance and clipping of the checkpoint."""
+    ckpt, net, d = checkpoint.load_model(path)
+    variance, clip, generator = ckpt["process"]["variance"], ckpt["process"]["clip"], torch.Generator()
+    x = torch.randn(4, 3, 8, 8, generator=generator.manual_seed(seed))
+    if variance == "learned":
+        return improved.sample_ancestral(net, d, x, clip, generator)
+    return ddpm.sample_ancestral(net, d, x, getattr(d, variance), clip, generator)
 
 
 def compare_sampling(judge, folder, name, scheduler):
@@ -189,14 +185,12 @@ def compare_sampling(judge, folder, name, scheduler):
     learned = scheduler.config.variance_type == "learned_range"
     theirs = network(SMALL["learned variances" if learned else "two levels"])
     DDPMPipeline(theirs, scheduler).save_pretrained(folder / "theirs")
-    held = diffusers_format.read_folder(folder / "theirs")
-    x0 = sample_ours(held)
+    x0 = sample_ours(converted(folder / "theirs", folder / "ours.pt"))
     error = (sample_theirs(theirs, scheduler) - x0).abs().max() / x0.abs().max().clamp(min=1)
     judge(f"{name}: 20 steps by ours", error.item(), SAME_SAMPLE)
-    (folder / "ours").mkdir()
-    diffusers_format.write_folder(folder / "ours", held)
+    converted(folder / "ours.pt", f"{folder}/back/")
     with contextlib.redirect_stderr(io.StringIO()):  # progress bars
-        pipeline = DDPMPipeline.from_pretrained(folder / "ours")
+        pipeline = DDPMPipeline.from_pretrained(folder / "back")
         drawn = pipeline(4, torch.Generator().manual_seed(0), 20, output_type="np").images
     pixels = (x0 / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
     judge(f"{name}: 20 steps by DDPMPipeline", float(np.abs(drawn - pixels).max()), SAME_SAMPLE)
@@ -207,9 +201,9 @@ def compare_ddim(judge, folder):
     theirs, scheduler = network(SMALL["two levels"]), DDIMScheduler(20, beta_end=0.3)
     theirs.save_pretrained(folder)
     scheduler.save_pretrained(folder)
-    held = diffusers_format.read_folder(folder)
-    d, x = ddpm.Diffusion(held["process"]["beta"]), torch.randn(4, 3, 8, 8)
-    x0 = ddpm.sample_ddim(ours(held), d, x, range(1, 21))
+    _, net, d = checkpoint.load_model(converted(folder, folder / "ours.pt"))
+    x = torch.randn(4, 3, 8, 8)
+    x0 = ddpm.sample_ddim(net, d, x, range(1, 21))
     scheduler.set_timesteps(20)
     with torch.no_grad():
         for t in scheduler.timesteps:
