@@ -119,8 +119,7 @@ def main(cfg, given):
         torch.use_deterministic_algorithms(True)
     refuse_outputs(cfg, saved)
 
-    # Data: uint8 images, mapped into memory. The first process downloads and decodes; the others then
-    # read its files.
+    # Data: uint8 images, mapped into memory. The first process decodes them; the others read its files.
     workers.meet(device)
     with workers.first_goes_ahead():
         train_set = data.load(cfg.data, True, cfg.data_dir, size, cfg.channels, cfg.skip_broken, cfg.labels,

@@ -107,8 +107,9 @@ def check_contents(ckpt):
     fit(network["out_channels"] == {"beta": C, "beta_tilde": C, "learned": 2 * C}[process["variance"]])
     fit(H > 0 and W > 0 and H % factor == W % factor == 0)
     if holds_run(ckpt):
-        fit(isinstance(ckpt["config"]["data"], str) and isinstance(ckpt["config"]["labels"], bool))
-        fit(ckpt["step"] > 0)
+        config, learns = ckpt["config"], process["variance"] == "learned"
+        fit(isinstance(config["data"], str) and isinstance(config["labels"], bool) and ckpt["step"] > 0)
+        fit(config["variance"] == ("learned" if learns else "fixed"))
 
 
 def check_weights(network, weights, size):

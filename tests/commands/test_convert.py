@@ -5,6 +5,8 @@ import json
 import math
 import os
 import pickle
+import re
+import shlex
 import shutil
 import zipfile
 
@@ -19,7 +21,8 @@ import ddpm
 import evaluate
 import sample
 import train
-from support import batches, checkpoint, diffusers_format, sampling
+from support import batches, checkpoint, command, diffusers_format, sampling
+from support.data import cifar10
 
 FIXTURE = ROOT / "tests" / "fixtures" / "diffusers"  # written by tests/peers/compare_diffusers.py
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -660,8 +663,8 @@ def test_a_checkpoint_whose_settings_ask_for_another_network_is_refused(call, tr
         if "num_classes" in change:
             edited["classes"] = []
         checkpoint.save("edited.pt", edited)
-        for command, *flags in ((sample, "--out", "x.png", "--ckpt"), (train, "--init"), (train, "--resume")):
-            status, _, err = call(command, *flags, "edited.pt")
+        for module, *flags in ((sample, "--out", "x.png", "--ckpt"), (train, "--init"), (train, "--resume")):
+            status, _, err = call(module, *flags, "edited.pt")
             assert status == 1 and err.endswith("edited.pt: its contents do not fit together\n"), err
 
 
@@ -698,3 +701,34 @@ def test_an_npz_holds_colours_even_of_grey_images(call, ckpt):
     for i in range(3):
         grey = np.asarray(sample.pictures.Image.open(f"x/{i:06d}.png"))
         assert all(np.array_equal(images[i, :, :, c], grey) for c in range(3))
+
+
+# --- docs/weights-and-fid.md ---------------------------------------------------------------------
+
+PAGE = (ROOT / "docs" / "weights-and-fid.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", PAGE, re.DOTALL)
+
+
+def test_every_command_of_the_page_on_weights_is_one_that_its_command_takes():
+    scripts = {"convert.py": convert, "sample.py": sample, "evaluate.py": evaluate, "train.py": train}
+    seen = set()
+    for line in (line for kind, block in BLOCKS if kind == "bash" for line in block.splitlines()):
+        words = shlex.split(line)
+        if words[0] == "python" and words[1] in scripts:
+            cfg, _ = command.parse_flags(scripts[words[1]].Config, "", words[2:])
+            seen.add(words[1])
+            if words[1] == "sample.py" and cfg.out.endswith((".npz", "/")):
+                assert cfg.n == 50_000
+    assert seen == scripts.keys()
+
+
+def test_the_code_of_the_page_writes_the_images_of_cifar10_as_the_tools_want_them(monkeypatch, tmp_path):
+    pixels = np.arange(2 * 3 * 32 * 32).astype(np.uint8).reshape(2, 3, 32, 32)
+    monkeypatch.setattr(cifar10, "load", lambda folder, training: (pixels, np.zeros(2)) if training else None)
+    monkeypatch.chdir(tmp_path)
+    (code,) = (block for kind, block in BLOCKS if kind == "python")
+    exec(code, {})
+    images = pixels.transpose(0, 2, 3, 1)
+    assert np.array_equal(np.load("cifar10-train.npz")["arr_0"], images)
+    for i, image in enumerate(images):
+        assert np.array_equal(np.asarray(sample.pictures.Image.open(f"cifar10-train/{i:05d}.png")), image)

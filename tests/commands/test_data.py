@@ -120,7 +120,7 @@ def test_training_sampling_and_evaluating_a_folder_of_images(call, album, tmp_pa
     status, out, err = call(train, "--data", album, "--size", "16x24", "--channels", 1, *tiny)
     assert status == 0 and out.startswith(f"{album}: 9 images, 16x24x1"), err
     assert call(sample, "--ckpt", "ckpt.pt", "--out", "a.npz", "--n", 2)[0] == 0
-    assert np.load("a.npz")["arr_0"].shape == (2, 16, 24, 1)
+    assert np.load("a.npz")["arr_0"].shape == (2, 16, 24, 3)
     status, out, err = call(evaluate, "--ckpt", "ckpt.pt", "--n", 2)
     assert status == 0 and "images it was trained on" in out, err
     assert call(train, "--data", album, "--size", "16", "--channels", 1, *tiny)[0] == 0

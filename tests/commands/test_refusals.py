@@ -108,7 +108,7 @@ def test_a_failing_world_is_one_line_and_status_1(call, ckpt, tmp_path, module, 
     saved = checkpoint.load(ckpt)
     bad = {k: v * float("nan") for k, v in saved["ema"].items()}
     for name, change in {
-        "edited.pt": {"network": {**saved["network"], "ch": 16}}, "newer.pt": {"ddpm_format": 2},
+        "edited.pt": {"network": {**saved["network"], "ch": 16}}, "newer.pt": {"ddpm_format": 3},
         "nan.pt": {"ema": bad}, "settings.pt": {"config": {**saved["config"], "lr": "fast"}},
         "variance.pt": {"config": {**saved["config"], "variance": "learned"}},
         "classes.pt": {"classes": list(range(10))},

@@ -95,12 +95,12 @@ def test_a_seed_gives_the_same_picture_at_any_batch_size(call, ckpt):
 
 @pytest.mark.parametrize("out", ["a.gif", "a.WEBP", "a.npz", "a/"])
 def test_sample_writes_animations_arrays_and_folders(call, trained, ckpt, tmp_path, out):
-    C, H, W = checkpoint.load(ckpt)["shape"]
+    _, H, W = checkpoint.load(ckpt)["shape"]
     status, _, err = call(sample, "--ckpt", ckpt, "--out", out, "--n", 3, "--steps", 4)
     assert status == 0, err
     if out == "a.npz":
         arrays = np.load(out)
-        assert arrays["arr_0"].shape == (3, H, W, C) and arrays["arr_0"].dtype == np.uint8
+        assert arrays["arr_0"].shape == (3, H, W, 3) and arrays["arr_0"].dtype == np.uint8
         assert arrays["arr_1"].tolist() == [0, 1, 2]
     elif out == "a/":
         assert [p.name for p in sorted(tmp_path.glob("a/*"))] == [f"00000{i}.png" for i in range(3)]
