@@ -38,7 +38,7 @@ def main(cfg, given):
         with replacing_folder(out) as folder:
             diffusers_format.write_folder(folder, held)
     else:
-        weights = held["weights"]  # theirs come once: they stand for the average and for the last ones
+        weights = held["weights"]  # one set stands for the average and for the last ones
         parts = {name: held[name] for name in ("network", "shape", "classes", "process")}
         checkpoint.save(cfg.out, dict(parts, model=weights, ema=weights, step=0))
     describe(cfg, held)
@@ -56,11 +56,11 @@ def refuse(cfg, out, to_folder):
 def read(cfg):
     """What --ckpt holds, as support/diffusers_format.py says it."""
     names = [name.strip() for name in cfg.classes.split(",")] if cfg.classes else []
-    if not os.path.exists(cfg.ckpt):
-        raise Failure(f"{cfg.ckpt}: no such file or folder; nothing is downloaded here, and "
-                      f"docs/weights-and-fid.md says how to fetch published weights")
     if os.path.isdir(cfg.ckpt):
         return diffusers_format.read_folder(cfg.ckpt, names)
+    if not os.path.isfile(cfg.ckpt):
+        raise Failure(f"{cfg.ckpt}: no such file or folder; nothing is downloaded here, and "
+                      f"docs/weights-and-fid.md says how to fetch published weights")
     if names:
         raise UsageError("--classes: only a folder in diffusers' layout takes it")
     if not checkpoint.sealed(cfg.ckpt):

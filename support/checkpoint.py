@@ -78,9 +78,10 @@ def check_seal(path):
     """Raises Failure unless `path` is a file that ends with the seal of its own bytes."""
     if not os.path.isfile(path):
         problem = "is a folder" if os.path.isdir(path) else "no such file"
-        raise Failure(f"{path}: {problem}; train.py writes checkpoints (--out)")
+        raise Failure(f"{path}: {problem}; train.py and convert.py write checkpoints (--out)")
     if not sealed(path):
-        raise Failure(f"{path}: not a checkpoint of train.py, or not all of one")
+        raise Failure(f"{path}: not a checkpoint of train.py, or not all of one; convert.py reads others' "
+                      f"weights")
     data = np.memmap(path, np.uint8, "r")
     if hashlib.sha256(data[: -len(SEAL) - 32]).digest() != data[-32:].tobytes():
         raise Failure(f"{path}: damaged: its checksum does not match its contents")
@@ -101,6 +102,7 @@ def check_contents(ckpt):
     fit(all(isinstance(ckpt[name], kind) for name, kind in wanted.items()))
     fit(all(isinstance(process[name], kind) for name, kind in PROCESS.items()))
     fit(process["beta"].dtype == torch.float64 and 1 < len(process["beta"]) <= 10**6 + 1)
+    fit(process["schedule"] in (*SCHEDULES, "table"))
     fit(len(ckpt["classes"]) == (network["num_classes"] or 0))
     fit(all(isinstance(name, str) for name in ckpt["classes"]))
     fit(C == network["in_channels"] and C in (1, 3))
@@ -115,7 +117,8 @@ def check_contents(ckpt):
 def check_weights(network, weights, size):
     """The same, unless these are the weights of the network, and a file of `size` bytes can hold them.
 
-    A network that is larger than its file is refused here, before its memory is asked for."""
+    A network that is larger than its file is refused here, before its memory is asked for.
+    """
     fit(10 * len(network["mult"]) * (2 * network["blocks"] + 1) <= len(weights))  # ten or more a block
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in ddpm.UNet(**network).state_dict().items()}
@@ -135,7 +138,8 @@ def refusing(path):
     where nothing comes from a file, it stays what it is."""
     try:
         yield
-    except (LookupError, TypeError, ValueError, AttributeError, AssertionError, RuntimeError) as error:
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, AssertionError,
+            RuntimeError) as error:
         if path is None or out_of_memory(error):
             raise
         raise Failure(f"{path}: its contents do not fit together") from None
@@ -173,7 +177,8 @@ def starting_weights(ckpt, classes):
 
     A class keeps its row of the label table by its name. A new one starts as the old "no label", of which a
     network without classes keeps the effect: the embeddings of time and label are added, so that it becomes
-    a part of the time's bias. An old network without classes has a row of zeros for it."""
+    a part of the time's bias. An old network without classes has a row of zeros for it.
+    """
     weights = dict(ckpt["ema"])
     bias = weights["time.2.bias"]
     *rows, none = weights.pop("label.weight", torch.zeros(1, len(bias)))

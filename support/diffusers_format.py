@@ -26,6 +26,7 @@ from support.weight_files import metadata, shown, weights_in, write_safetensors
 # --- Settings ------------------------------------------------------------------------------------
 
 LARGEST_CONFIG = 32 * 2**20  # bytes: a table of a million betas fits
+LOWEST = 1e-9  # beta: with less, 1 - alpha_bar_1 has no digits left
 
 # Of the network. FIXED must be these for ddpm.UNet to be it: what a missing one means, and what fits.
 FIXED = {
@@ -51,7 +52,7 @@ FREE = {
     "up_block_types": [*["AttnUpBlock2D"] * 3, "UpBlock2D"], "layers_per_block": 2, "dropout": 0.0,
     "attention_head_dim": 8, "norm_num_groups": 32, "attn_norm_num_groups": None, "num_class_embeds": None,
     "time_embedding_dim": None, "num_train_timesteps": None,
-}  # fmt: skip
+}
 # The same of the process. The last row says how steps are skipped: here, --steps and --grid say that.
 PROCESS_FIXED = {
     "prediction_type": ("epsilon", ["epsilon"]),
@@ -63,9 +64,9 @@ PROCESS_FREE = {
     "trained_betas": None, "variance_type": "fixed_small", "clip_sample": True, "clip_sample_range": 1.0,
     "dynamic_thresholding_ratio": 0.995, "sample_max_value": 1.0,
     "timestep_spacing": "leading", "steps_offset": 0, "set_alpha_to_one": True, "skip_prk_steps": False,
-}  # fmt: skip
+}
 VARIANCES = {"fixed_large": "beta", "fixed_small": "beta_tilde", "fixed_small_log": "beta_tilde",
-             "learned_range": "learned"}  # fmt: skip
+             "learned_range": "learned"}
 
 
 class Settings(dict):
@@ -125,18 +126,18 @@ def read_network(config, tensors):
     C = config["in_channels"]
     config.need("in_channels", C in (1, 3), "images here have 3, or 1 if they are grey")
     config.need("out_channels", config["out_channels"] in (C, 2 * C), f"it must be {C}, or {2 * C} if the "
-                "variances are learned")  # fmt: skip
+                "variances are learned")
     known = None if config["num_class_embeds"] is None else config.whole("num_class_embeds", 2, 10**6) - 1
     network = dict(in_channels=C, out_channels=int(config["out_channels"]), ch=ch, mult=mult, blocks=blocks,
                    attention=attention, dropout=config.real("dropout", 0, 0.999), groups=groups,
-                   num_classes=known)  # fmt: skip
+                   num_classes=known)
     return network, (C, *read_size(config, 2 ** (len(mult) - 1)))
 
 
 def read_levels(config):
     """(ch, mult, attention) of ddpm.UNet."""
     channels, down, up = (config[name] if isinstance(config[name], list) else [None] for name in
-                          ("block_out_channels", "down_block_types", "up_block_types"))  # fmt: skip
+                          ("block_out_channels", "down_block_types", "up_block_types"))
     L, ch = len(channels), channels[0] if channels else None
     ok = 0 < L <= 16 and all(type(c) is int and 4 <= c < 2**16 for c in channels)
     config.need("block_out_channels", ok, "it must be a list of 1 to 16 whole numbers from 4 to 65,535")
@@ -157,7 +158,7 @@ def read_size(config, factor):
     sides = size if isinstance(size, list) else [size, size]
     ok = len(sides) == 2 and all(type(n) is int and 0 < n <= 4096 and n % factor == 0 for n in sides)
     config.need("sample_size", ok, f"it must be the side of its images, or [height, width]: multiples of "
-                f"{factor}, up to 4096")  # fmt: skip
+                f"{factor}, up to 4096")
     return sides
 
 
@@ -167,21 +168,21 @@ def read_process(config, learned):
     schedule, beta = read_schedule(config, T)
     fit = ["learned_range"] if learned else [name for name in VARIANCES if name != "learned_range"]
     config.need("variance_type", config["variance_type"] in fit, f"for this network, it must be "
-                f"{' or '.join(fit)}")  # fmt: skip
+                f"{' or '.join(fit)}")
     config.need("clip_sample", config["clip_sample"] in (True, False), "it must be true or false")
     config.need("clip_sample_range", not config["clip_sample"] or config["clip_sample_range"] == 1,
-                "in ddpm.py it is 1.0")  # fmt: skip
+                "in ddpm.py it is 1.0")
     return dict(beta=beta, schedule=schedule, variance=VARIANCES[config["variance_type"]],
-                clip=bool(config["clip_sample"]))  # fmt: skip
+                clip=bool(config["clip_sample"]))
 
 
 def read_schedule(config, T):
     """(name, beta[0..T]) of the schedule: the name that it has in ddpm.py, or "table"."""
     kind, given = config["beta_schedule"], config["trained_betas"]
-    ends = [config.real(name, 1e-9, 1 - 1e-9) for name in ("beta_start", "beta_end")]
+    ends = [config.real(name, LOWEST, 1 - LOWEST) for name in ("beta_start", "beta_end")]
     if given is not None:
         ok = isinstance(given, list) and len(given) == T and all(
-            type(b) in (int, float) and 0 < b < 1 for b in given)  # fmt: skip
+            type(b) is float and LOWEST <= b <= 1 - LOWEST for b in given)
         config.need("trained_betas", ok, f"it must be a list of T = {T:,} numbers between 0 and 1")
         return "table", F.pad(torch.tensor(given, dtype=torch.float64), (1, 0))
     if kind == "squaredcos_cap_v2":
@@ -191,7 +192,7 @@ def read_schedule(config, T):
     if kind == "scaled_linear":
         return "table", ddpm.linear_schedule(T, *(end**0.5 for end in ends)) ** 2
     config.need("beta_schedule", kind == "sigmoid", "ddpm.py can be linear, scaled_linear, "
-                "squaredcos_cap_v2, sigmoid or trained_betas")  # fmt: skip
+                "squaredcos_cap_v2, sigmoid or trained_betas")
     beta = ends[0] + (ends[1] - ends[0]) * ddpm.linear_schedule(T, -6, 6).sigmoid()
     return "table", F.pad(beta[1:], (1, 0))
 
@@ -199,9 +200,9 @@ def read_schedule(config, T):
 # --- Names of the layers -------------------------------------------------------------------------
 
 RES = [("norm1",) * 3, ("conv1",) * 3, ("emb", "time_emb_proj", "temb_proj"), ("norm2",) * 3,
-       ("conv2",) * 3, ("shortcut", "conv_shortcut", "nin_shortcut")]  # fmt: skip
+       ("conv2",) * 3, ("shortcut", "conv_shortcut", "nin_shortcut")]
 ATTENTION = [("norm", "group_norm", "norm"), ("q", "to_q", "q"), ("k", "to_k", "k"), ("v", "to_v", "v"),
-             ("out", "to_out.0", "proj_out")]  # fmt: skip
+             ("out", "to_out.0", "proj_out")]
 # diffusers renamed its attention in 2023; the published files are older.
 OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -210,7 +211,8 @@ def layers(levels, blocks):
     """(in ddpm.UNet, in diffusers, in the authors' weights): each layer that such a network may have.
 
     The numbers of ours run on through down and up; theirs begin again at each level. diffusers counts
-    the levels of up_blocks from the lowest, the authors those of up from the highest."""
+    the levels of up_blocks from the lowest, the authors those of up from the highest.
+    """
 
     def block(parts, *wholes):
         return [tuple(f"{whole}.{part}" for whole, part in zip(wholes, names)) for names in parts]
@@ -249,7 +251,7 @@ def names(network, column):
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in ddpm.UNet(**network).state_dict().items()}
     listed = {f"{row[0]}.{kind}": f"{row[column]}.{kind}" for kind in ("weight", "bias")
-              for row in layers(len(network["mult"]), network["blocks"])}  # fmt: skip
+              for row in layers(len(network["mult"]), network["blocks"])}
     return {name: (listed[name], tuple(shape)) for name, shape in shapes.items()}
 
 
@@ -263,7 +265,7 @@ def matched(path, found, network, column):
         has = found[current[theirs]].shape
         if shape not in (has, (*has, 1, 1)):  # a Linear is a 1x1 convolution
             raise Failure(f"{path}: {shown(current[theirs])} is {shown(str(list(has)))}, and the network "
-                          f"needs {list(shape)}")  # fmt: skip
+                          f"needs {list(shape)}")
     extra = found.keys() - {current[theirs] for theirs, _ in wanted.values()}
     if extra:
         raise Failure(f"{path}: {shown(min(extra))} is not a part of the network")
@@ -281,7 +283,9 @@ def matched(path, found, network, column):
 def read_folder(folder, class_names=None):
     """What a folder in diffusers' layout holds: all in one place, or in unet/ and scheduler/.
 
-    class_names: of a labelled network whose file does not tell them."""
+    class_names: of a labelled network whose file does not tell them.
+    """
+
     def inside(name, file):
         nested = os.path.join(folder, name, file)
         return nested if os.path.isfile(nested) else os.path.join(folder, file)
@@ -291,7 +295,7 @@ def read_folder(folder, class_names=None):
         raise Failure(f"{path}: no such file; a folder in diffusers' layout has it")
     config = Settings(path, ["UNet2DModel"], FIXED, FREE)
     safe, pickled = (os.path.join(os.path.dirname(path), f"diffusion_pytorch_model.{kind}")
-                     for kind in ("safetensors", "bin"))  # fmt: skip
+                     for kind in ("safetensors", "bin"))
     file = pickled if os.path.isfile(pickled) and not os.path.isfile(safe) else safe
     found = weights_in(file)
     network, shape = read_network(config, len(found))
@@ -307,7 +311,7 @@ def read_folder(folder, class_names=None):
         weights["conv_out.weight"][shape[0] :] /= 2
         weights["conv_out.bias"][shape[0] :].add_(1).div_(2)
     return dict(network=network, shape=shape, classes=classes, process=process, weights=weights,
-                assumed=assumed)  # fmt: skip
+                assumed=assumed)
 
 
 def read_classes(file, K, class_names):
@@ -315,10 +319,12 @@ def read_classes(file, K, class_names):
     carried = metadata(file).get("classes") if file.endswith(".safetensors") else None
     try:
         classes = json.loads(carried) if carried else class_names or []
-    except (ValueError, RecursionError):
+    except (ValueError, TypeError, RecursionError):
         classes = None
-    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+    if not isinstance(classes, list) or not all(isinstance(name, str) and name for name in classes):
         raise Failure(f"{file}: the names of its classes cannot be read")
+    if len(set(classes)) < len(classes):
+        raise UsageError("--classes: a name stands there twice")
     if len(classes) != (K or 0):
         raise UsageError(f"--classes: {len(classes)} names, but the network has {K or 0} classes (rows of "
                          f'its class_embedding, of which the last must be "no label")')
@@ -332,7 +338,7 @@ def authors_process(variance):
 
 # The authors' runs, whose weights come without settings: the network, its images, the variance.
 CIFAR10 = dict(in_channels=3, out_channels=3, ch=128, mult=(1, 2, 2, 2), blocks=2, attention=(1,),
-               dropout=0.1, groups=32, num_classes=None)  # fmt: skip
+               dropout=0.1, groups=32, num_classes=None)
 LARGE = CIFAR10 | dict(mult=(1, 1, 2, 2, 4, 4), attention=(4,), dropout=0.0)
 RUNS = [(CIFAR10, (3, 32, 32), "beta"), (LARGE, (3, 256, 256), "beta_tilde")]
 
@@ -344,7 +350,7 @@ def read_authors(path):
         if {theirs for theirs, _ in names(network, AUTHORS).values()} == found.keys():
             weights = matched(path, found, network, AUTHORS)
             return dict(network=network, shape=shape, classes=[], process=authors_process(variance),
-                        weights=weights, assumed=False)  # fmt: skip
+                        weights=weights, assumed=False)
     raise Failure(f"{path}: these are not the weights of the authors' network for CIFAR-10 or for 256x256")
 
 
@@ -371,7 +377,7 @@ def write_folder(folder, held):
     if not held["classes"]:  # DDPMPipeline hands on no labels
         files["model_index.json"] = {
             "_class_name": "DDPMPipeline", "_diffusers_version": VERSION,
-            "scheduler": ["diffusers", "DDPMScheduler"], "unet": ["diffusers", "UNet2DModel"]}  # fmt: skip
+            "scheduler": ["diffusers", "DDPMScheduler"], "unet": ["diffusers", "UNet2DModel"]}
     for name, settings in files.items():
         with open(os.path.join(folder, name), "x") as file:
             json.dump(settings, file, indent=2)
@@ -398,7 +404,7 @@ def model_config(network, H, W):
         "layers_per_block": network["blocks"], "dropout": network["dropout"],
         "attention_head_dim": None, "norm_num_groups": network["groups"],
         "num_class_embeds": K and K + 1,
-    }  # fmt: skip
+    }
 
 
 def scheduler_config(process):
@@ -412,4 +418,4 @@ def scheduler_config(process):
         "num_train_timesteps": len(beta), "beta_schedule": named or "linear", "beta_start": 1e-4,
         "beta_end": 0.02, "trained_betas": None if named else beta,
         "variance_type": theirs[process["variance"]], "clip_sample": process["clip"],
-    }  # fmt: skip
+    }

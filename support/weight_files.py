@@ -91,7 +91,7 @@ def parse_entry(name, entry):
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(f"{shown(name)}: of {shown(repr(dtype))}, and not of {', '.join(DTYPES)}")
     if not all(isinstance(numbers, list) and all(type(n) is int and 0 <= n < 2**63 for n in numbers)
-               for numbers in (shape, span)) or len(span) != 2:  # fmt: skip
+               for numbers in (shape, span)) or len(span) != 2:
         raise ValueError(f"{shown(name)}: its shape or data_offsets are no whole numbers")
     if span[1] - span[0] != math.prod(shape) * DTYPES[dtype].itemsize:
         raise ValueError(f"{shown(name)}: {span[1] - span[0]:,} bytes, which are not those of its shape")
@@ -132,7 +132,7 @@ def write_safetensors(file, tensors, about):
 # --- .bin and .ckpt: a pickle, and in a zip archive (since PyTorch 1.6) or behind it the numbers --
 
 PLAIN = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter",
-         "torch FloatStorage", "torch HalfStorage", "torch BFloat16Storage"}  # fmt: skip
+         "torch FloatStorage", "torch HalfStorage", "torch BFloat16Storage"}
 LARGEST_PICKLE = 64 * 2**20  # bytes, without the numbers
 LARGEST_OLD = 2 * 2**30  # bytes of a file that is not an archive, which is read at once
 

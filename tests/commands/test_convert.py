@@ -229,6 +229,7 @@ def test_learned_variances_are_rescaled_on_both_ways(call, learned, tmp_path):
     close("eps", out[:, 0].numpy(), own[:, 0].numpy(), 1e-6, 1.0)
     close("v", (out[:, 1].numpy() + 1) / 2, own[:, 1].numpy(), 1e-6, 1.0)
     back = converted(call, tmp_path / "theirs")[0]["ema"]
+    assert torch.equal(back["conv_out.weight"], ours["conv_out.weight"])  # times 2, and half of that
     close("v's bias", back["conv_out.bias"].numpy(), ours["conv_out.bias"].numpy(), 1e-6, 1.0)
     settings = json.loads((tmp_path / "theirs" / "scheduler_config.json").read_text())
     assert settings["variance_type"] == "learned_range"
@@ -253,6 +254,10 @@ def test_the_authors_weights_are_told_apart_by_their_names_and_shapes(call, tmp_
         names = diffusers_format.names(network, diffusers_format.AUTHORS)
         tensors = {names[name][0]: tensor for name, tensor in net.state_dict().items()}
         assert "up.0.block.2.nin_shortcut.weight" in tensors and "mid.attn_1.proj_out.bias" in tensors
+        lowest = len(network["mult"]) - 1
+        assert len(tensors[f"up.{lowest}.block.0.conv1.bias"]) == 8 * network["mult"][lowest]
+        assert f"up.{lowest}.upsample.conv.bias" in tensors and "up.0.upsample.conv.bias" not in tensors
+        assert "down.0.downsample.conv.bias" in tensors and "temb.dense.1.bias" in tensors
         torch.save(tensors, tmp_path / f"{i}.ckpt")
         ckpt, back, d = converted(call, tmp_path / f"{i}.ckpt", f"{i}.pt")
         assert equal(back.state_dict(), net.state_dict()) and torch.equal(d.beta, ddpm.linear_schedule())
@@ -267,6 +272,7 @@ def test_classes_of_a_folder_are_named_on_the_command_line(call, theirs):
     (theirs / WEIGHTS).write_bytes(safetensors(tensors))
     change(theirs, "unet/config.json", num_class_embeds=3)
     refused(call, theirs, "--classes: 0 names", "2 classes", status=2)
+    assert call(convert, "--ckpt", theirs, "--out", "new.pt", "--classes", "cat,cat")[0] == 2
     status, out, err = call(convert, "--ckpt", theirs, "--out", "new.pt", "--classes", "cat, dog")
     assert status == 0 and "2 classes" in out, err
     ckpt = checkpoint.load("new.pt")
@@ -512,6 +518,8 @@ def test_an_incomplete_folder_says_what_is_missing(call, theirs, tmp_path):
     (theirs / "unet" / "config.json").unlink()
     refused(call, theirs, "config.json: no such file")
     refused(call, tmp_path / "google" / "ddpm-cifar10-32", "docs/weights-and-fid.md")
+    os.mkfifo("pipe")
+    refused(call, tmp_path / "pipe", "no such file")
 
 
 # --- Fine-tuning ---------------------------------------------------------------------------------
@@ -658,7 +666,7 @@ def test_a_checkpoint_whose_settings_ask_for_another_network_is_refused(call, tr
     """A gigantic one before it is built."""
     ckpt = checkpoint.load(trained[0] / "ckpt.pt")
     for change in (dict(ch=2**15), dict(blocks=10**9), dict(mult=(1,) * 10**6), dict(attention=()),
-                   dict(num_classes=2**40)):  # fmt: skip
+                   dict(num_classes=2**40), dict(ch=10**30), dict(groups=0)):  # fmt: skip
         edited = dict(ckpt, network=ckpt["network"] | change)
         if "num_classes" in change:
             edited["classes"] = []

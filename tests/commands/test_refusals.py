@@ -88,7 +88,7 @@ def test_a_wrong_call_is_one_line_and_status_2(call, ckpt, tmp_path, module, fla
     (sample, "--ckpt text.pt --out a.png", "not a checkpoint of train.py, or not all"),
     (sample, "--ckpt pickle.pt --out a.png", "not a checkpoint of train.py, or not all"),
     (sample, "--ckpt tensor.pt --out a.png", "not a checkpoint of train.py, or not all"),
-    (sample, "--ckpt newer.pt --out a.png", "its format, 2, is newer"),
+    (sample, "--ckpt newer.pt --out a.png", "its format, 3, is newer"),
     (sample, "--ckpt nan.pt --out a.png --n 1", "not finite"),
     (sample, "--ckpt {ckpt} --out nowhere/a.png", "there is no folder nowhere"),
     (sample, "--ckpt {ckpt} --out full/", "the folder is not empty"),
