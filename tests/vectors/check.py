@@ -27,6 +27,7 @@ ARRAYS = "k x0 xt xT eps noise mean var mean_1 var_1 mean_2 var_2".split()
 TABLES = "beta sigma2 variances".split()  # float64 in every precision
 TAKE_MODEL = "loss_simple sample_ancestral sample_ddim bound_terms".split()
 
+
 class Absent(Exception):
     """The file has not what the case is about."""
 
@@ -57,19 +58,17 @@ def model(xt, t):
     return 0.875 * xt + ((t % 3 - 1) / 8).reshape(-1, *[1] * (xt.ndim - 1))
 
 
-def network(f, xt, t, config, weights=()):
-    """The output of the file's UNet with these weights, which it must hold in the order of their use."""
-    net = f.UNet(**config).eval()
-    if weights:
-        got, want = [list(p.shape) for p in net.parameters()], list(weights.values())
-        counts = [sum(map(math.prod, shapes)) for shapes in (got, want)]
-        if got != want and counts[0] == counts[1]:
-            raise Absent("the order of UNet's weights")
-        assert got == want, f"UNet has {counts[0]} weights, not {counts[1]}"
-    with torch.no_grad():
-        for p, name in zip(net.parameters(), weights):
-            p.copy_(torch.tensor(stored(f"network.npz:{name}")))
-        return net(xt, t)
+@torch.no_grad()
+def fill(f, net, shapes):
+    """Gives the file's UNet the weights of network.npz: by its weights_by_role(net), a dict of the network's
+    tensors, if there is that function; otherwise in the order of their use."""
+    counts = sum(p.numel() for p in net.parameters()), sum(map(math.prod, shapes.values()))
+    assert counts[0] == counts[1], f"UNet has {counts[0]} weights, not {counts[1]}"
+    named = f.weights_by_role(net) if hasattr(f, "weights_by_role") else dict(zip(shapes, net.parameters()))
+    for name, shape in shapes.items():
+        if name not in named or [n for n in named[name].shape if n > 1] != [n for n in shape if n > 1]:
+            raise Absent(f"weights_by_role, and {name} in the order of use")
+        named[name].copy_(torch.tensor(stored(f"network.npz:{name}")).reshape(named[name].shape))
 
 
 def ask(f, call, given):
@@ -80,7 +79,10 @@ def ask(f, call, given):
         raise Absent(call) from None
     g, told = {key: read(key, value) for key, value in given.items()}, {}
     if call == "UNet":
-        return network(f, **g)
+        net = f.UNet(**g["config"]).eval()
+        if "weights" in g:
+            fill(f, net, g["weights"])
+        return net(g["xt"], g["t"]).detach()
     d = f.Diffusion(g.pop("beta")) if "beta" in g else None
     if call == "Diffusion":
         names = [name for name in ("alpha", "alpha_bar", "beta_tilde") if hasattr(d, name)]
@@ -94,7 +96,8 @@ def ask(f, call, given):
     z = itertools.repeat(noise) if call == "bound_terms" else iter(noise)
     args = [*([model, d] if call in TAKE_MODEL else []), *g.values()]
     how = {"on_step": told.__setitem__} if call.startswith("sample_") else {}
-    with mock.patch.multiple(torch, randn=lambda *_, **__: next(z), randn_like=lambda *_, **__: next(z)):
+    draw = lambda *_, **__: next(z).clone()  # noqa: E731
+    with mock.patch.multiple(torch, randn=draw, randn_like=draw):
         result = getattr(d if "." in call else f, call.split(".")[-1])(*args, **how)
     return torch.stack([told[s] for s in sorted(told, reverse=True)]) if told else result
 
@@ -105,11 +108,8 @@ def ask(f, call, given):
 def largest(got, case, precision):
     """(error as a multiple of what is allowed, where) of the worst entry."""
     worst = 0.0, ""
-    for name, want in case["want"].items():
-        have = got.get(name) if isinstance(got, dict) else got
-        if have is None:  # a table by another name
-            continue
-        want, have = stored(want), have.double().numpy()
+    for name in case["want"].keys() & got.keys():  # not each table need have our name
+        want, have = stored(case["want"][name]), got[name].detach().double().numpy()
         if have.shape != want.shape:
             return math.inf, f"{name} has the shape {have.shape}, not {want.shape}"
         scale = stored(case.get("scale", {}).get(name, abs(want)))
@@ -117,7 +117,7 @@ def largest(got, case, precision):
             ratio = abs(have - want) / (case["tolerance"][precision] * scale)
         ratio = np.where((have == want) | np.isnan(want), 0, np.nan_to_num(ratio, nan=math.inf))
         i = np.unravel_index(ratio.argmax(), ratio.shape)
-        place = f"{name}{[int(j) for j in i]} is {have[i]:.10g}, not {want[i]:.10g}"
+        place = f"{name}{[int(j) for j in i] or ''} is {have[i]:.10g}, not {want[i]:.10g}"
         worst = max(worst, (float(ratio[i]), place))
     return worst
 
@@ -126,18 +126,20 @@ def judge(f, case, precision):
     """(verdict, error, where) of a case. The verdict begins with held, departed, absent or failed."""
     try:
         got = ask(f, case["call"], case["given"])
+        if "want" not in case:
+            return "failed", math.inf, "is not refused"
+        got = got if isinstance(got, dict) else dict.fromkeys(case["want"], got)
+        error, where = largest(got, case, precision)
+        for word, departure in case.get("departures", {}).items():
+            if error > 1 and largest(got, {**case, **departure}, precision)[0] <= 1:
+                return f"departed ({word})", 0.0, ""
+        return "held" if error <= 1 else "failed", error, where
     except Absent as missing:
         return f"absent ({missing})", 0.0, ""
     except Exception as error:
-        held = "want" not in case and isinstance(error, REFUSALS)
-        return ("held", 0.0, "") if held else ("failed", math.inf, f"{type(error).__name__}: {error}")
-    if "want" not in case:
-        return "failed", math.inf, "is not refused"
-    error, where = largest(got, case, precision)
-    for word, departure in case.get("departures", {}).items():
-        if error > 1 and largest(got, {**case, **departure}, precision)[0] <= 1:
-            return f"departed ({word})", 0.0, ""
-    return "held" if error <= 1 else "failed", error, where
+        if "want" not in case and isinstance(error, REFUSALS):
+            return "held", 0.0, ""
+        return "failed", math.inf, f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def report(f, subject, cases, precision):
@@ -164,9 +166,11 @@ def load(path):
 
 
 def main(argv=None):
+    subjects = {path.stem: json.loads(path.read_text())["cases"] for path in sorted(HERE.glob("*.json"))}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("file", metavar="FILE", nargs="?", type=pathlib.Path, default=ROOT / "ddpm.py")
     parser.add_argument("--precision", choices=["float64", "float32"], default="float64")
+    parser.add_argument("--only", metavar="SUBJECT", nargs="+", choices=subjects, help=", ".join(subjects))
     args = parser.parse_args(argv)
     try:
         f = load(args.file)
@@ -174,12 +178,11 @@ def main(argv=None):
         parser.exit(2, f"check.py: {args.file} cannot be loaded: {type(error).__name__}: {error}\n")
     torch.set_default_dtype(getattr(torch, args.precision))
     total = collections.Counter()
-    for path in sorted(HERE.glob("*.json")):
-        document = json.loads(path.read_text())
-        counts = report(f, document["subject"], document["cases"], args.precision)
-        total.update({verdict.split(" (")[0]: n for verdict, n in counts.items()})
+    for subject in args.only or subjects:
+        for verdict, n in report(f, subject, subjects[subject], args.precision).items():
+            total[verdict.split(" (")[0]] += n
     if set(total) == {"absent"}:
-        parser.exit(2, f"check.py: {args.file} has none of ddpm.py's public names\n")
+        parser.exit(2, f"check.py: {args.file} has none of the names that are judged\n")
     print(f"{args.file.name} in {args.precision}: {', '.join(f'{n} {v}' for v, n in sorted(total.items()))}")
     return 1 if total["failed"] else 0
 
