@@ -65,9 +65,9 @@ def slack(path, stored):
     if "want" not in path:
         return abs(stored[path]) * (0.01 if {"scale", "tolerance"} & {*path} else 8 * EPS)
     at = path.index("want")
-    scale = stored.get((*path[:at], "scale", *path[at + 1 :]), abs(stored[path]))
-    tolerance = stored.get((*path[:at], "tolerance", "float64"), stored[*path[:2], "tolerance", "float64"])
-    return scale * tolerance / 8
+    departure, case, entry = path[:at], path[:2], path[at + 1 :]
+    of_case = stored.get((*case, "scale", *entry), abs(stored[path]))
+    return stored.get((*departure, "scale", *entry), of_case) * stored[*case, "tolerance", "float64"] / 8
 
 
 @subjects
