@@ -674,7 +674,7 @@ def whole(path, flags):
     kind = path.suffix.lower()
     logs = [flag.removeprefix("--log=") for before, flag in zip(["", *flags], flags)
             if before == "--log" or flag.startswith("--log=")]  # fmt: skip
-    if path in map(pathlib.Path, logs) or kind == ".jsonl":
+    if os.path.realpath(path) in map(os.path.realpath, logs) or kind == ".jsonl":
         return all("loss" in json.loads(line) for line in path.read_text().splitlines())
     if kind == ".u8":
         return True
