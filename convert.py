@@ -8,13 +8,13 @@
 import os
 import pathlib
 import shlex
-import sys
 from dataclasses import MISSING, dataclass
 
 from support import checkpoint, command, diffusers_format
 from support.command import flag
 from support.errors import Failure, UsageError
 from support.files import replacing_folder, writable
+from support.progress import note, say
 
 
 @dataclass(frozen=True)
@@ -73,17 +73,17 @@ def describe(cfg, held):
     """Prints what was written, and how to use it."""
     (C, H, W), process, classes = held["shape"], held["process"], held["classes"]
     if held.get("assumed"):
-        print("note: no scheduler_config.json came with it: the process is the paper's", file=sys.stderr)
-    print(f"{cfg.out}: {sum(w.numel() for w in held['weights'].values()):,} parameters, images {H}x{W}x{C}"
-          + (f", {len(classes)} classes" if classes else "")
-          + f"; {process['schedule']} schedule, T = {len(process['beta']) - 1}, "
-            f"variance {process['variance']}, x0 {'' if process['clip'] else 'not '}clipped")
+        note("note: no scheduler_config.json came with it: the process is the paper's")
+    say(f"{cfg.out}: {sum(w.numel() for w in held['weights'].values()):,} parameters, images {H}x{W}x{C}"
+        + (f", {len(classes)} classes" if classes else "")
+        + f"; {process['schedule']} schedule, T = {len(process['beta']) - 1}, "
+          f"variance {process['variance']}, x0 {'' if process['clip'] else 'not '}clipped")
     if not cfg.out.endswith(("/", os.sep)):
-        print(f"now: python sample.py --ckpt {shlex.quote(cfg.out)} --out grid.png")
+        say(f"now: python sample.py --ckpt {shlex.quote(cfg.out)} --out grid.png")
     elif classes:
-        print(f"now: UNet2DModel.from_pretrained({cfg.out!r}); DDPMPipeline hands on no labels")
+        say(f"now: UNet2DModel.from_pretrained({cfg.out!r}); DDPMPipeline hands on no labels")
     else:
-        print(f"now: DDPMPipeline.from_pretrained({cfg.out!r})")
+        say(f"now: DDPMPipeline.from_pretrained({cfg.out!r})")
 
 
 if __name__ == "__main__":
