@@ -13,7 +13,7 @@ from dataclasses import MISSING, dataclass
 from support import checkpoint, command, diffusers_format
 from support.command import flag
 from support.errors import Failure, UsageError
-from support.files import replacing_folder, writable
+from support.files import replacing_folder, takes_files
 from support.progress import note, say
 
 
@@ -48,9 +48,9 @@ def refuse(cfg, out, to_folder):
     """Refuses an output that is neither of the two, or cannot be written, or is there already."""
     if not to_folder and out.suffix != ".pt":
         raise UsageError(f"--out {cfg.out}: must end in .pt for a checkpoint, or in / for a folder")
-    if out.exists():
+    if os.path.lexists(out):
         raise Failure(f"--out {cfg.out}: exists; name a new one")
-    writable(out)
+    takes_files(out, cfg.out)
 
 
 def read(cfg):

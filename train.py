@@ -79,7 +79,7 @@ class Config:
     seed: int = flag(0, "seed of weights, noise and the order of images", low=0, high=2**31)
 
     # What is kept and shown.
-    out: str = flag("ckpt.pt", "checkpoint to write; grids of samples go beside it",
+    out: str = flag("ckpt.pt", "checkpoint to write, of --init X.pt X-tuned.pt; grids go beside it",
                     group="output", metavar="PATH")
     resume: str | None = flag(None, "checkpoint of a run to go on with, by its own settings; it is also "
                               "--out", metavar="PATH")
@@ -152,8 +152,10 @@ def refuse_outputs(cfg, saved):
     above = pathlib.Path(cfg.out).resolve().parents
     if data.is_folder(cfg.data) and pathlib.Path(cfg.data).resolve() in above:
         raise UsageError(f"--out {cfg.out}: is inside --data, and would be taken for one of its images")
+    if cfg.init and os.path.exists(cfg.out) and os.path.samefile(cfg.out, cfg.init):
+        raise UsageError(f"--out {cfg.out}: is the checkpoint of --init, and would be lost; name another")
     if cfg.log:
-        refuse_log(cfg.log, (cfg.out, cfg.resume or cfg.out))
+        refuse_log(cfg.log, (cfg.out, cfg.resume or cfg.init or cfg.out))
     replaced = os.path.exists(cfg.out) and not (saved and os.path.samefile(cfg.out, cfg.resume))
     if replaced and workers.is_first():
         note(f"note: {cfg.out} exists and will be replaced; --resume goes on with it")

@@ -2,6 +2,7 @@
 from, and its network's sizes."""
 
 import math
+import pathlib
 from dataclasses import replace
 
 from support import command
@@ -53,6 +54,8 @@ def started(cfg, given, start):
         if name in given and getattr(cfg, name) != value:
             raise UsageError(f"{command.flag_name(name)} {getattr(cfg, name)}: the weights of --init have "
                              f"{value or 'a table of their own'}, and cannot change it")
+    if "out" not in given:  # the weights must not be replaced by what is made of them
+        kept["out"] = pathlib.Path(cfg.init).stem + "-tuned.pt"
     return replace(complete(cfg, start["shape"]), **kept)
 
 

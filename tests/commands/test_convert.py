@@ -539,7 +539,7 @@ def loss_of(net, d, steps):
                         for x0, y, t, eps in draws])  # fmt: skip
 
 
-FINE = "--limit 64 --batch-size 16 --device cpu --precision fp32 --sample-every 0 --dropout 0".split()
+FINE = "--limit 64 --batch-size 16 --device cpu --precision fp32 --sample-every 0 --out ckpt.pt".split()
 
 
 def test_fine_tuning_starts_at_the_loss_of_the_trained_network(call, trained, tmp_path):
@@ -593,11 +593,12 @@ def test_fine_tuning_takes_another_size_and_other_classes_and_says_what_starts_a
     assert status == 0 and "16x24x3, 2 classes" in out and "table schedule, T = 20" in out, err
     assert "afresh: optimiser, average and steps; and the classes a, b, which begin as no label" in out
     assert "lr 2e-05, warm-up 100" in out
-    tuned = checkpoint.load("ckpt.pt")
+    tuned = checkpoint.load("theirs-tuned.pt")
     assert tuned["shape"] == (3, 16, 24) and tuned["classes"] == ["a", "b"] and tuned["step"] == 4
     assert equal(tuned["process"], weights["process"]) and tuned["process"]["variance"] == "beta_tilde"
     status, out, err = call(train, *flags, "--init", "theirs.pt", "--epochs", 1, "--out", "own-size.pt")
     assert status == 0 and "8x8x3\n" in out and "classes" not in out, err  # its own size is the default
+    assert equal(checkpoint.load("theirs.pt"), weights)
 
 
 def test_a_fine_tuned_run_resumes_bit_for_bit_without_the_weights_it_began_with(call, trained, tmp_path):
@@ -620,6 +621,7 @@ def test_init_and_resume_cannot_be_confused(call, theirs, trained):
     for flags, word in (
         (["--init", own, "--resume", own], "--init: starts a new run, and --resume goes on with one"),
         (["--resume", "theirs.pt"], "holds a network, and no run to go on with; --init starts one"),
+        (["--init", own, "--out", own], "is the checkpoint of --init, and would be lost; name another"),
         (["--init", "theirs.pt"], "its network takes images of 3 channels, and glyphs has 1"),
         (["--init", own, "--width", 16], "--width 16: the weights of --init have 8, and cannot change it"),
         (["--init", own, "--timesteps", 30], "--timesteps 30: the weights of --init have 20"),
