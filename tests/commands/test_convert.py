@@ -216,6 +216,21 @@ def test_a_checkpoint_goes_to_diffusers_and_back_bit_for_bit(call, trained):
     assert not equal(ours["ema"], ours["model"])
 
 
+def test_what_diffusers_wrote_goes_back_as_it_came(call, theirs, tmp_path):
+    """The same names, shapes and numbers; the same settings, where both files have one."""
+    converted(call, theirs)
+    assert call(convert, "--ckpt", "new.pt", "--out", "back/unet/")[0] == 1  # no such folder
+    assert call(convert, "--ckpt", "new.pt", "--out", "unet/")[0] == 0
+    assert equal(tensors_of(tmp_path), tensors_of(theirs))
+    table = ddpm.linear_schedule(20, 1e-4, 0.3)[1:].tolist()  # of another end than the paper's
+    for file in ("unet/config.json", "scheduler/scheduler_config.json"):
+        ours = json.loads((tmp_path / "unet" / file.split("/")[1]).read_text())
+        for name, value in json.loads((theirs / file).read_text()).items():
+            if name in ours and name not in ("beta_end", "trained_betas"):
+                assert ours[name] == value, name
+    assert ours["trained_betas"] == table
+
+
 def test_learned_variances_are_rescaled_on_both_ways(call, learned, tmp_path):
     """diffusers' v is (output + 1) / 2: its last layer, applied to the same features, gives 2 v - 1."""
     assert call(convert, "--ckpt", learned, "--out", "theirs/")[0] == 0
@@ -722,7 +737,7 @@ BLOCKS = re.findall(r"```(\w+)\n(.*?)```", PAGE, re.DOTALL)
 def test_every_command_of_the_page_on_weights_is_one_that_its_command_takes():
     scripts = {"convert.py": convert, "sample.py": sample, "evaluate.py": evaluate, "train.py": train}
     seen = set()
-    for line in (line for kind, block in BLOCKS if kind == "bash" for line in block.splitlines()):
+    for line in (line for kind, block in BLOCKS if kind == "sh" for line in block.splitlines()):
         words = shlex.split(line)
         if words[0] == "python" and words[1] in scripts:
             cfg, _ = command.parse_flags(scripts[words[1]].Config, "", words[2:])
