@@ -447,8 +447,8 @@ def terms(scene):
 
 
 VARIANCES = ["sigma^2 = beta", "beta_tilde", "learned"]  # the rows of Scene.bound
-FIGURES = {f.__name__: f for f in (forward, schedules, embedding, epochs, loss, reverse, shared, interpolation,
-                                   steps, guidance, rate, terms)}  # fmt: skip
+FIGURES = {f.__name__: f for f in (forward, schedules, embedding, epochs, loss, reverse, shared,
+                                   interpolation, steps, guidance, rate, terms)}  # fmt: skip
 
 
 if __name__ == "__main__":

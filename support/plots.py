@@ -71,8 +71,9 @@ def ticks(axis):
 def along(axis, values):
     """Where values lie on an axis: 0 at its low end, 1 at its high end; nan if its logarithm is none."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        v, low, high = (np.log10(u) if axis.log else np.asarray(u, float)
-                        for u in (values, axis.low, axis.high))
+        ends = np.array(axis[1:3], float)
+        values = np.asarray(values, float)
+        v, (low, high) = (np.log10(values), np.log10(ends)) if axis.log else (values, ends)
     return (v - low) / (high - low)
 
 
@@ -99,7 +100,7 @@ def lines(x, y, series, title="", size=(400, 320), dots=False, wide=0):
     inside = picture.copy()
     over = ImageDraw.Draw(inside)
     for i, (colour, (xs, ys)) in enumerate(zip(COLOURS, series.values())):
-        places = np.stack(pixel(x, y, xs, ys, size), axis=1) * ZOOM
+        places = np.stack(pixel(x, y, xs, ys, size), axis=1) * ZOOM - 0.5
         places = places[np.isfinite(places).all(axis=1)]
         for px, py in places if dots else ():
             over.circle((px, py), 1.2 * ZOOM, colour)
@@ -213,7 +214,7 @@ def joined(pictures, down=False):
     return whole
 
 
-# --- The pen, which works ZOOM times larger -------------------------------------------------------
+# --- The pen, which works ZOOM times larger and counts from the centre of the first pixel --------
 
 
 def blank(size):
@@ -227,4 +228,4 @@ def write(pen, x, y, text, anchor, height, colour=INK):
 
 
 def stroke(pen, ends, colour, width=1):
-    pen.line([end * ZOOM for end in ends], colour, round(width * ZOOM))
+    pen.line([end * ZOOM - 0.5 for end in ends], colour, round(width * ZOOM))

@@ -1,4 +1,4 @@
-"""The pages of docs/ are true: their code runs and prints what they say, their pictures and links are there."""
+"""The pages of docs/ are true: their code runs and prints what they say, their links lead somewhere."""
 
 import contextlib
 import io
