@@ -1,87 +1,96 @@
 """From a checkpoint to bits/dim on held-out images: the bound of eq. 5, split into its terms.
 
-    python evaluate.py --ckpt ckpt.pt --n 100            held-out glyphs, or CIFAR-10's test images
+    python evaluate.py --ckpt ckpt.pt --n 100            held-out digits, or CIFAR-10's test images
     python evaluate.py --ckpt ckpt.pt --data path/to/held-out/images
 """
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass
 
 import torch
 
 import ddpm
 import improved
-import sample
-import train
-from sample import MISSING, Failure, Progress, UsageError, flag
+from support import checkpoint, command, data, devices
+from support.command import flag
+from support.errors import Failure, UsageError
+from support.progress import Progress
 
 
 @dataclass(frozen=True)
 class Config:
-    ckpt: str = flag(MISSING, "checkpoint that train.py wrote; it carries its own configuration")
-    data: str | None = flag(None, "glyphs, cifar10 or a folder of images (default: what it was trained on)")
-    data_dir: str = flag("data", "where cifar10 is or goes, and the cache of image folders")
-    n: int | None = flag(None, "evaluate the first n images (default: all of them)", low=1)
-    skip_broken: bool = flag(False, "leave out a folder's files that are no images")
+    ckpt: str = flag(MISSING, "checkpoint that train.py wrote; it carries its own configuration",
+                     group="input", metavar="PATH")
+    weights: str = flag("ema", "weights to use: their moving average, or the last", choices=("ema", "raw"))
+    data: str | None = flag(None, "images to evaluate: glyphs, cifar10, or a folder (default: those held out "
+                            "from the network's own data)", metavar="DATA")
+    data_dir: str = flag("data", "folder of CIFAR-10 and of the caches of image folders", metavar="DIR")
+    skip_broken: bool = flag(False, "leave out the files of a folder that are no images")
+    n: int | None = flag(None, "number of images, from the first (default: all)", low=1)
     seed: int = flag(0, "image i is noised from seed + i, at any batch size", low=0, high=2**31)
-    batch_size: int = flag(256, "images evaluated at a time", low=1)
-    weights: str = flag("ema", "moving average or last weights", choices=("ema", "raw"))
-    device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps, ..")
-    precision: str = flag("fp32", "bf16: rounded; faster where the hardware has it", choices=("fp32", "bf16"))
+
+    batch_size: int = flag(256, "number of images evaluated at a time", low=1, group="machine")
+    device: str = flag("auto", "device to compute on: auto, cpu, cuda, cuda:1, mps, ...")
+    precision: str = flag("fp32", "precision of the network; bf16 rounds the bound, and is faster where the "
+                                  "hardware has it", choices=("fp32", "bf16"))
 
 
 def main(cfg, given):
-    device = sample.pick_device(cfg.device)
-    bf16 = sample.use_precision(cfg.precision, device)
-    ckpt, net, d = sample.load_model(cfg.ckpt, cfg.weights, device)
+    # float32 by default: the bound sums T terms, and bf16 would round eps in each.
+    device = devices.pick_device(cfg.device)
+    bf16 = devices.use_precision(cfg.precision, device)
+    ckpt, net, d = checkpoint.load_model(cfg.ckpt, cfg.weights, device)
     images, labels, what = held_out(cfg, ckpt)
-    N = len(images)
-    progress, rows = Progress("evaluating", N * d.T, "image-steps"), []
-    for first in range(0, N, cfg.batch_size):
-        x0 = images[first : first + cfg.batch_size].to(device).float() / 127.5 - 1
-        y = None if labels is None else labels[first : first + cfg.batch_size].to(device)
-        generators = [torch.Generator().manual_seed(cfg.seed + first + i) for i in range(len(x0))]
-
-        def model(xt, t, y=y, first=first):
-            B = len(xt)
-            progress(first * d.T + B * int(t[0]), f"image {first + B} of {N}")
-            return net(xt, t, y)
-
-        bound = improved.bound_terms if sample.learned(ckpt) else ddpm.bound_terms
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            rows.append(bound(model, d, x0, [d.beta, d.beta_tilde], generator=generators))
-    progress.close()
-    if not all(row.isfinite().all() for row in rows):
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        terms = bound(cfg, net, d, images, labels, checkpoint.learned(ckpt), device)
+    if not terms.isfinite().all():
         raise Failure(f"{cfg.ckpt}: the network's output is not finite; its training diverged")
-    report(torch.cat(rows, dim=1), f"{N:,} {what}, {cfg.weights} weights at step {ckpt['step']}")
+    report(terms, f"{len(images):,} {what}, {cfg.weights} weights at step {ckpt['step']}")
 
 
 def held_out(cfg, ckpt):
-    """The images to evaluate, sized as the checkpoint's, their labels or None, and what to call them."""
-    with sample.refusing(cfg.ckpt):
-        saved = train.settings_of(ckpt)
-    data = cfg.data or saved["data"]
-    data = os.path.abspath(data) if train.kind(data) == "folder" else data
-    C, H, W = ckpt["shape"]
-    settings = replace(train.Config(**saved), data=data, data_dir=cfg.data_dir, limit=cfg.n, size=f"{H}x{W}",
-                       channels=C, skip_broken=cfg.skip_broken)
-    images, labels, classes = train.load_data(settings, train=False)
-    if not ckpt["classes"]:
+    """The images, sized as the checkpoint's, their labels in its numbers or None, and what to call them."""
+    own, (C, H, W) = ckpt["config"]["data"], ckpt["shape"]
+    name = cfg.data or own
+    name = os.path.abspath(name) if data.is_folder(name) else name
+    images, labels, classes = data.load(name, False, cfg.data_dir, (H, W), C, cfg.skip_broken,
+                                        ckpt["config"]["labels"], cfg.n)
+    if not ckpt["classes"]:  # glyphs always bring labels; this network was trained without
         labels = None
     elif unknown := sorted(set(classes) - set(ckpt["classes"])):
-        raise Failure(f"--data {data}: the network knows no class {unknown[0]}, but those of {saved['data']}")
+        raise Failure(f"--data {name}: the network knows no class {unknown[0]}, but those of {own}")
     if tuple(images.shape[1:]) != (C, H, W):
-        raise UsageError(f"--data {data}: images of {tuple(images.shape[1:])}, but a network for {(C, H, W)}")
-    if labels is not None:
+        raise UsageError(f"--data {name}: images of {tuple(images.shape[1:])}, but a network for {(C, H, W)}")
+    if labels is not None:  # classes have numbers of their own in each folder
         labels = torch.tensor([ckpt["classes"].index(name) for name in classes])[labels]
-    same = train.kind(data) == "folder" and data == saved["data"]
-    what = "images it was trained on" if same else f"held-out images of {data}"
-    return images, labels, what
+    trained_on = data.is_folder(name) and name == own
+    return images, labels, "images it was trained on" if trained_on else f"held-out images of {name}"
+
+
+def bound(cfg, net, d, images, labels, learned, device):
+    """The terms (K, N, T + 1) of the bound in bits/dim: for beta, beta_tilde, and a learned variance."""
+    N, rows = len(images), []
+    bound_terms = improved.bound_terms if learned else ddpm.bound_terms
+    progress = Progress("evaluating", N * d.T, "image-steps")
+    for first in range(0, N, cfg.batch_size):
+        x0 = images[first : first + cfg.batch_size].to(device).float() / 127.5 - 1
+        y = None if labels is None else labels[first : first + cfg.batch_size].to(device)
+        # A generator for each image: its terms do not depend on the batch size.
+        generators = [torch.Generator().manual_seed(cfg.seed + first + i) for i in range(len(x0))]
+
+        def model(xt, t, y=y, first=first):  # the bound asks it once for each t = 1 .. T
+            progress(first * d.T + len(xt) * int(t[0]), f"image {first + len(xt)} of {N}")
+            return net(xt, t, y)
+
+        rows.append(bound_terms(model, d, x0, [d.beta, d.beta_tilde], generator=generators))
+    progress.close()
+    return torch.cat(rows, dim=1)
 
 
 def report(terms, title):
     """Prints the bound and its parts, mean and standard error over the images; terms (2 or 3, N, T + 1)."""
     T = terms.shape[2] - 1
+    # The paper reports rate and distortion (sec. 4.3); its rate includes L_T.
     parts = {
         "L_T                 prior": terms[:, :, T],
         f"L_1 .. L_{T - 1:<9} rate": terms[:, :, 1:T].sum(2),
@@ -98,4 +107,4 @@ def report(terms, title):
 
 
 if __name__ == "__main__":
-    sample.run(main, Config, __doc__)
+    command.run(main, Config, __doc__)

@@ -22,8 +22,10 @@ import torch
 from PIL import Image
 from train_speed import ours, take_turns
 
-import sample
 import train
+from support import batches, devices, recipes
+from support.data import folder as folders
+from support.errors import out_of_memory
 
 SWEEPS = {
     "batch": (16, 32, 64, 128, 256, 512, 1024),
@@ -35,10 +37,10 @@ SWEEPS = {
 def step_cost(device, batch, width, size):
     """(seconds, bytes) of a training step, the median of three after two."""
     device = torch.device(device)
-    cfg = train.with_recipe(train.Config(data="folder", size=str(size), channels=3, width=width))
-    network = train.network_for(cfg, (3, size, size), 0)
+    cfg = recipes.complete(train.Config(data="folder", size=str(size), channels=3, width=width))
+    network = recipes.network(cfg, (3, size, size), 0)
     x = torch.rand(batch, 3, size, size, device=device)
-    _, step = ours(x, sample.use_precision("auto", device), False, **network)
+    _, step = ours(x, devices.use_precision("auto", device), False, **network)
     seconds, peaks = take_turns({"": step}, 3, device)
     return seconds[""], peaks[""] or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
@@ -56,7 +58,7 @@ def sweep(name, device, base, limit):
         try:
             seconds, memory = alone(step_cost, str(device), *at.values())
         except RuntimeError as error:
-            if not sample.out_of_memory(error):
+            if not out_of_memory(error):
                 raise
             print(f"{at['batch']:6} {at['width']:6} {at['size']:5} is out of memory, and {name} beyond it")
             break
@@ -80,12 +82,12 @@ def folder_cost(N):
         seconds = []
         for _ in range(2):
             began = time.perf_counter()
-            images, _ = train.load_folder(str(folder), (32, 32), 3, root, False)
+            images, _ = folders.load(str(folder), (32, 32), 3, root, False)
             seconds.append(time.perf_counter() - began)
         images = torch.from_numpy(images)
         began = time.perf_counter()
         for step in range(200):
-            images[train.places(step, 128, N, 0)].float()
+            images[batches.places(step, 128, N, 0)].float()
         rate = 200 / (time.perf_counter() - began)
     return *seconds, rate, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
@@ -95,11 +97,11 @@ def main():
     parser.add_argument("--device", default="auto")
     parser.add_argument("--seconds", type=float, default=10)
     given = parser.parse_args()
-    device = sample.pick_device(given.device)
+    device = devices.pick_device(given.device)
     cuda = device.type == "cuda"
     base = dict(batch=128, width=128, size=32) if cuda else dict(batch=16, width=32, size=32)
     name = torch.cuda.get_device_name(device) if cuda else f"{torch.get_num_threads()} CPU threads"
-    kind = "bf16" if sample.in_bf16("auto", device) else "float32"
+    kind = "bf16" if devices.in_bf16("auto", device) else "float32"
     print(f"{name}, torch {torch.__version__}, {kind}")
     print(f"{'batch':>6} {'width':>6} {'size':>5} {'s/step':>10} {'images/s':>10} {'memory':>11}")
     for what in SWEEPS:

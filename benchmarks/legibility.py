@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-from train import draw_glyphs
+from support.data.glyphs import draw as draw_glyphs
 
 TEMPLATES = 40_000
 

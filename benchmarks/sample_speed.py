@@ -15,7 +15,7 @@ import torch
 from train_speed import contestants, diffusers_network, flags, table, title
 
 import ddpm
-import sample
+from support import devices
 
 STEPS = 2
 
@@ -73,7 +73,7 @@ def denoising_diffusion_pytorch(x):
 
 def main():
     given = flags(__doc__, 512)
-    bf16 = sample.use_precision("auto", given.device)
+    bf16 = devices.use_precision("auto", given.device)
     x = torch.randn(given.batch_size, 3, 32, 32, device=given.device)
     found = contestants({
         "ddpm.py": lambda: ours(x, bf16, given.compile),

@@ -25,8 +25,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import ddpm
-import sample
 import train
+from support import devices
 
 
 def ours(x, bf16, compiled, **network):
@@ -181,7 +181,7 @@ def flags(description, batch):
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compile", action="store_true", help="torch.compile those that take it")
     given = parser.parse_args()
-    given.device = sample.pick_device(given.device)
+    given.device = devices.pick_device(given.device)
     given.batch_size = given.batch_size or (batch if given.device.type == "cuda" else 8)
     return given
 
@@ -195,7 +195,7 @@ def title(device, B, bf16, compiled):
 
 def main():
     given = flags(__doc__, 128)
-    bf16 = sample.use_precision("auto", given.device)
+    bf16 = devices.use_precision("auto", given.device)
     x = (torch.rand(given.batch_size, 3, 32, 32) * 2 - 1).to(given.device)
     found = contestants({
         "ddpm.py": lambda: ours(x, bf16, given.compile),

@@ -50,6 +50,9 @@ import ddpm
 import evaluate
 import sample
 import train
+from support import checkpoint, errors, files
+from support import command as command_line
+from support.data import cifar10, folder
 
 RUN = ("--log log.jsonl --limit 20 --batch-size 8 --epochs 4 --width 4 --timesteps 4 --dropout 0.1 "
        "--flip yes --sample-every 1 --device cpu").split()  # fmt: skip
@@ -95,7 +98,7 @@ def start(module, *flags, fault=lambda: None, seconds=120, memory=None):
         sys.argv = [module.__name__ + ".py", *map(str, flags)]
         status = 0
         fault()
-        sample.run(module.main, module.Config, module.__doc__)
+        command_line.run(module.main, module.Config, module.__doc__)
     except SystemExit as stop:
         status = stop.code or 0
     except BaseException:
@@ -121,7 +124,7 @@ def wait(process):
 def resumes_exactly():
     """What is there is whole, the log too; the run is finished from it, and ends as the undisturbed one."""
     if os.path.exists("ckpt.pt"):
-        if sample.load_checkpoint("ckpt.pt")["step"] < STEPS:
+        if checkpoint.load("ckpt.pt")["step"] < STEPS:
             done = command(train, *RESUME)
             assert done.status == 0, done
     else:
@@ -129,7 +132,7 @@ def resumes_exactly():
         assert done.status == 0, done
     log = [json.loads(line) for line in pathlib.Path("log.jsonl").read_text().splitlines()]
     assert log[-1]["step"] == STEPS, "the log does not reach the end"
-    end, want = sample.load_checkpoint("ckpt.pt"), WHOLE
+    end, want = checkpoint.load("ckpt.pt"), WHOLE
     for part in ("model", "ema", "optimizer", "step"):
         assert equal(end[part], want[part]), f"{part} differs from the undisturbed run's"
 
@@ -139,7 +142,7 @@ def resumes_exactly():
 
 def each_line(call):
     """Arms call() before every line of code that the project runs from now on, run() itself apart."""
-    ours = {str(ROOT / f"{name}.py") for name in ("ddpm", "sample", "train")}
+    ours = {str(path) for path in (*ROOT.glob("*.py"), *ROOT.glob("support/**/*.py"))}
 
     def in_frame(frame, event, arg):
         if event == "line":
@@ -179,7 +182,7 @@ class Dying(io.FileIO):
 
 def at_byte(n):
     """Arms the death of the process at the n-th byte that it writes to checkpoints and pictures."""
-    Dying.left, sample.open = n, Dying
+    Dying.left, files.open = n, Dying
 
 
 def lines_of(module, *flags):
@@ -202,7 +205,7 @@ def lines_of(module, *flags):
 def undisturbed():
     """The whole run, once: its last checkpoint, also as bytes; bytes written; lines of it and of sampling."""
     training = lines_of(train, *RUN)
-    whole, data = sample.load_checkpoint("ckpt.pt"), pathlib.Path("ckpt.pt").read_bytes()
+    whole, data = checkpoint.load("ckpt.pt"), pathlib.Path("ckpt.pt").read_bytes()
     pictures = sum(p.stat().st_size for p in pathlib.Path().glob("ckpt.*.png"))
     assert whole["step"] == STEPS
     return whole, data, 4 * len(data) + pictures, training, lines_of(sample, *SAMPLING)
@@ -215,7 +218,7 @@ def killed_at_a_line(rng):
     """Up to three times in a row."""
     for _ in range(rng.choice([1, 1, 2, 3])):
         flags, n = RESUME if os.path.exists("ckpt.pt") else RUN, rng.randrange(1, int(0.98 * LINES))
-        if flags is RESUME and sample.load_checkpoint("ckpt.pt")["step"] == STEPS:
+        if flags is RESUME and checkpoint.load("ckpt.pt")["step"] == STEPS:
             break
         done = command(train, *flags, fault=lambda n=n: at_line(n, die))
         assert done.status in (-signal.SIGKILL, 0) and (done.status or flags is RESUME), done
@@ -237,7 +240,7 @@ def stopped(signum, rng):
     assert "Traceback" not in done.err and done.status in (0, 130, 128 + signum), done
     if "stopped at step" in done.out:
         step = int(done.out.split("stopped at step ")[1].split()[0])
-        assert sample.load_checkpoint("ckpt.pt")["step"] == step < STEPS, "lost work"
+        assert checkpoint.load("ckpt.pt")["step"] == step < STEPS, "lost work"
     elif done.status:
         assert done.refused(130).endswith("interrupted") and not os.path.exists("ckpt.pt")
     assert not list(pathlib.Path().glob(".*.partial"))
@@ -280,10 +283,10 @@ def two_trainers(rng):
     reads, until = 0, time.monotonic() + 4
     while time.monotonic() < until:
         if os.path.exists("ckpt.pt"):
-            sample.load_checkpoint("ckpt.pt")
+            checkpoint.load("ckpt.pt")
             reads += 1
     assert all(wait(process).status == 0 for process in both) and reads
-    if sample.load_checkpoint("ckpt.pt")["config"]["seed"] == 0:
+    if checkpoint.load("ckpt.pt")["config"]["seed"] == 0:
         resumes_exactly()
 
 
@@ -325,7 +328,7 @@ def not_a_number(rng):
     assert f"the {what}: " in line and "--lr" in line, line
     assert named == at or (what == "moving average" and at <= named <= at + 3), (at, line)
     if os.path.exists("ckpt.pt"):
-        saved = sample.load_checkpoint("ckpt.pt")
+        saved = checkpoint.load("ckpt.pt")
         assert saved["step"] < at and all(v.isfinite().all() for v in saved["ema"].values())
     if precision == "fp32":
         resumes_exactly()
@@ -352,7 +355,7 @@ def one_process_dies(rng):
     out, err = torchrun.communicate(timeout=120)
     said = "train.py: error: another process of this run has ended" in err or "stopped at step" in out
     assert torchrun.returncode and said and "train.py\", line" not in err, out + err
-    step = sample.load_checkpoint("ckpt.pt")["step"]
+    step = checkpoint.load("ckpt.pt")["step"]
     done = command(train, *RESUME, "--epochs", math.ceil((step + 1) * 8 / 20))
     assert done.status == 0 and f"from step {step}" in done.out, done
 
@@ -438,7 +441,7 @@ def corrupted_checkpoint(rng):
         data = foreign(rng)
     else:
         data = foreign(rng)
-        data += sample.SEAL + hashlib.sha256(data).digest()
+        data += checkpoint.SEAL + hashlib.sha256(data).digest()
     pathlib.Path("ckpt.pt").write_bytes(data)
     for module, flags in (train, RESUME), (sample, ["--ckpt", "ckpt.pt", "--out", "a.png"]):
         line = command(module, *flags).refused()
@@ -468,7 +471,7 @@ def wrong_contents(rng):
         del ckpt[part]
     else:
         ckpt[part] = rng.choice([None, "text", 1.5, [torch.zeros(2)], {"a": 1}, -1])
-    sample.save_checkpoint("ckpt.pt", ckpt)
+    checkpoint.save("ckpt.pt", ckpt)
     before = pathlib.Path("ckpt.pt").read_bytes()
     done = command(train, *RESUME, "--epochs", 5)
     assert done.refused(), done
@@ -548,7 +551,7 @@ def hostile_image(rng):
         assert "2 images" in done.out, done
         return
     line = done.refused()
-    assert f"album/{sample.printable(name)}: cannot be read as an image" in line, line
+    assert f"album/{errors.printable(name)}: cannot be read as an image" in line, line
     assert "--skip-broken" in line, line
     assert not os.path.exists("ckpt.pt") and not list(pathlib.Path("data").iterdir())
     done = command(train, *flags, "--skip-broken", memory=6 << 30)
@@ -564,7 +567,7 @@ def many_files(rng):
         os.link(f"album/{i % 2}.png", f"album/x{i}.png")
     def load(path):
         began, base = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        images = train.load_folder("album", (8, 8), 3, "data", False)[0]
+        images = folder.load("album", (8, 8), 3, "data", False)[0]
         assert images.shape == (100_000, 3, 8, 8)
         used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base
         pathlib.Path(path).write_text(json.dumps([time.monotonic() - began, used / 1e3]))
@@ -648,7 +651,7 @@ def wrong_call(rng):
         before = {p: p.read_bytes() for p in pathlib.Path().rglob("*") if p.is_file()}
 
         def fault():
-            train.CIFAR10_URL = "http://127.0.0.1:9/nothing"
+            cifar10.URL = "http://127.0.0.1:9/nothing"
             torch._dynamo.config.disable = True  # --compile takes minutes, the first time on a machine
 
         done = command(module, *flags, fault=fault, memory=6 << 30, seconds=100)
@@ -676,9 +679,9 @@ def whole(path, flags):
     if kind == ".u8":
         return True
     try:
-        sample.load_checkpoint(path)
+        checkpoint.load(path)
         return True
-    except sample.Failure:
+    except errors.Failure:
         pass
     with contextlib.suppress(Exception):
         if kind in (".png", ".gif", ".webp"):
@@ -719,8 +722,8 @@ def survive(item):
     """One fault, in an empty folder: (kind, None if survived or what went wrong, remark)."""
     (name, _, _, function), seed = item
     rng, home = random.Random(f"{name} {seed}"), os.getcwd()
-    with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)
+    with tempfile.TemporaryDirectory() as empty:
+        os.chdir(empty)
         try:
             return name, None, function(rng)
         except BaseException as error:
@@ -734,7 +737,7 @@ def main(word):
     global WHOLE, WHOLE_BYTES, BYTES, LINES, SAMPLING_LINES
     torch.set_num_threads(1)
     chosen = [fault for fault in FAULTS if word in fault[0]]
-    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+    with tempfile.TemporaryDirectory() as home, contextlib.chdir(home):
         WHOLE, WHOLE_BYTES, BYTES, LINES, SAMPLING_LINES = undisturbed()
     items = [(fault, seed) for fault in chosen for seed in range(fault[2])]
     counts, remarks, began, lost = {}, {}, time.monotonic(), 0

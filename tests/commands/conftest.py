@@ -6,7 +6,7 @@ import sys
 import pytest
 from running import TINY, run
 
-import sample
+from support import command
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def call(monkeypatch, capsys, tmp_path):
         monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, flags)])
         capsys.readouterr()
         try:
-            sample.run(module.main, module.Config, module.__doc__)
+            command.run(module.main, module.Config, module.__doc__)
             status = 0
         except SystemExit as stop:
             status = stop.code

@@ -5,7 +5,9 @@ import pathlib
 import subprocess
 import sys
 
+import numpy as np
 import torch
+from PIL import Image
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TINY = "--limit 64 --batch-size 16 --width 8 --timesteps 20 --warmup 0 --device cpu --sample-every 0".split()
@@ -32,3 +34,9 @@ def equal(a, b):
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
     return all(map(equal, a, b)) if isinstance(a, (list, tuple)) else a == b
+
+
+def stripes(W, H):
+    """Red, green and blue thirds, side by side."""
+    x = np.arange(W) * 3 // W
+    return Image.fromarray(np.broadcast_to(255 * np.eye(3, dtype=np.uint8)[x], (H, W, 3)).copy())

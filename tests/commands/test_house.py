@@ -115,6 +115,47 @@ def test_the_maps_have_nine_and_five_sections_twelve_and_six_equations():
     assert [sum(source == one for _, source in EQUATIONS) for one in MAPS] == [12, 6], EQUATIONS
 
 
+COMMANDS = [ROOT / f"{name}.py" for name in ("train", "sample", "evaluate")]
+ROOMS = sorted((ROOT / "support").rglob("*.py"))
+each_room = pytest.mark.parametrize("path", COMMANDS + ROOMS, ids=lambda path: str(path.relative_to(ROOT)))
+
+
+def rooms_in(path):
+    """The files of this project that a file of it imports."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        module = getattr(node, "module", None)
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [module, *(f"{module}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        for name in names:
+            stem = ROOT / name.replace(".", "/")
+            yield from (file for file in (stem.with_suffix(".py"), stem / "__init__.py") if file.is_file())
+
+
+def test_imports_run_downward_without_circles_and_none_reaches_a_command():
+    """A room is finished when all that it imports is: an order of the rooms exists."""
+    left = {path: set(rooms_in(path)) - {path} for path in COMMANDS + ROOMS}
+    assert not set(COMMANDS) & set().union(*left.values()), "a command is imported"
+    while left:
+        ready = [path for path, below in left.items() if not below & set(left)]
+        assert ready, f"a circle among {sorted(str(path.relative_to(ROOT)) for path in left)}"
+        for path in ready:
+            del left[path]
+
+
+@each_room
+def test_a_room_says_what_it_is_for_and_no_function_of_it_is_longer_than_45_lines(path):
+    """The docstring of the file; 45 lines are a screen."""
+    tree = ast.parse(path.read_text())
+    assert ast.get_docstring(tree)
+    long = {node.name: node.end_lineno - node.lineno + 1 for node in ast.walk(tree)
+            if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= 45}
+    assert not long, long
+
+
 @both
 def test_every_public_name_has_a_docstring(source):
     """Except helpers of a line or two, and forward(), which its class explains."""

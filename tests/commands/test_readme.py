@@ -13,6 +13,8 @@ from running import ROOT
 import evaluate
 import sample
 import train
+from support import command as command_line
+from support import recipes
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
@@ -54,8 +56,8 @@ def test_every_command_of_the_readme_runs(command, call, tmp_path):
     words = shlex.split(command.removeprefix(".venv/bin/python "))
     script = next((name for name in SHORT if name in command), None)
     if "cifar10" in command:
-        flags = sample.parse_flags(train.Config, "", words[words.index("train.py") + 1 :])[0]
-        assert train.with_recipe(flags).lr == 2e-4
+        flags = command_line.parse_flags(train.Config, "", words[words.index("train.py") + 1 :])[0]
+        assert recipes.complete(flags).lr == 2e-4
     elif "--ddpm" in command:  # test_house.py runs it, from elsewhere and with a file that is wrong
         assert words == "-m pytest tests/specification --ddpm path/to/my_ddpm.py".split()
     elif script is None:

@@ -1,0 +1,52 @@
+"""Each kind of data as uint8 images, labels and names of classes. load() is the way in."""
+
+import zlib
+from typing import NamedTuple
+
+import torch
+
+from support.data import cifar10, folder, glyphs
+
+
+class Data(NamedTuple):
+    """images uint8 (N, C, H, W); labels int64 (N,), numbers of `classes`, or None where there are none."""
+
+    images: torch.Tensor
+    labels: torch.Tensor | None
+    classes: list[str]
+
+
+def is_folder(name):
+    """Whether --data names a folder of images, and not data that is built in or known."""
+    return name not in ("glyphs", "cifar10")
+
+
+def load(name, train, data_dir="data", size=None, channels=None, skip_broken=False, labels=False,
+         limit=None):
+    """The images to train on, or those held out; a folder holds none out and gives all.
+
+    name: "glyphs", "cifar10" or a folder, whose images are cropped to `size` (H, W). labels: give classes
+    too; glyphs always do. limit: the first so many images.
+    """
+    if name == "glyphs":
+        n = 6_000 if train else 2_000
+        images, numbers = glyphs.draw(min(n, limit or n), seed=0 if train else 1)
+        return Data(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(),
+                    torch.from_numpy(numbers).long(), list(glyphs.GLYPHS))
+    if name == "cifar10":
+        images, numbers = cifar10.load(data_dir, train)
+        classes = cifar10.CLASSES
+    else:
+        images, files = folder.load(name, size, channels, data_dir, skip_broken, labels)
+        numbers, classes = folder.labels_of(name, files) if labels else (None, [])
+    images = torch.from_numpy(images)[:limit]
+    if not labels:
+        return Data(images, None, [])
+    return Data(images, torch.from_numpy(numbers)[:limit].long(), classes)
+
+
+def fingerprint(data):
+    """A checksum of ten thousand images at most, evenly chosen, and of their labels."""
+    few = slice(None, None, -(-len(data.images) // 10_000))
+    labels = b"" if data.labels is None else data.labels[few].numpy().tobytes()
+    return zlib.crc32(labels, zlib.crc32(data.images[few].numpy().tobytes()))

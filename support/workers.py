@@ -1,0 +1,82 @@
+"""The processes that share one run, as torchrun starts them: which one is this, wait, agree, end.
+
+A run without torchrun has one process; every function here then returns at once.
+"""
+
+import contextlib
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from support.errors import UsageError
+
+
+def place():
+    """(rank, world): the number of this process, from 0, and how many there are."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def several():
+    return place()[1] > 1
+
+
+def is_first():
+    """Whether this process speaks and writes files."""
+    return place()[0] == 0
+
+
+def share(batch_size):
+    """Raises UsageError if the processes cannot share a batch evenly."""
+    world = place()[1]
+    if batch_size % world:
+        raise UsageError(f"--batch-size {batch_size} cannot be divided evenly among {world} processes")
+
+
+def own_device(name):
+    """The GPU of this process, if it is one of several on a machine; otherwise `name`."""
+    if several() and torch.cuda.is_available() and name in ("auto", "cuda"):
+        return f"cuda:{os.environ['LOCAL_RANK']}"
+    return name
+
+
+def meet(device):
+    """Connects the processes: NCCL between GPUs, gloo elsewhere."""
+    if several():
+        cuda = device.type == "cuda"
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=6),
+                                device_id=device if cuda else None)
+
+
+def together(model):
+    """The model, whose gradients are from now on averaged over the processes."""
+    return torch.nn.parallel.DistributedDataParallel(model) if several() else model
+
+
+@contextlib.contextmanager
+def first_goes_ahead():
+    """The first process runs the block before the others: it downloads and decodes, they read its files."""
+    if several() and not is_first():
+        dist.barrier()
+    yield
+    if several() and is_first():
+        dist.barrier()
+
+
+def total(numbers):
+    """The sum of a tensor over all processes."""
+    if several():
+        dist.all_reduce(numbers)
+    return numbers
+
+
+def wait():
+    """Waits for all processes. torchrun ends all of them when one has ended."""
+    if several():
+        dist.barrier()
+
+
+def end():
+    if several():
+        dist.destroy_process_group()
