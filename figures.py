@@ -27,30 +27,34 @@ from PIL import Image
 
 import ddpm
 import improved
+from support import data, devices, sampling
 from support.checkpoint import learned, load_model
 from support.command import flag, run
-from support.data import load
-from support.devices import pick_device
 from support.errors import Failure, UsageError
 from support.files import replacing, writable
 from support.pictures import cell, to_uint8
 from support.plots import Axis, heat, joined, lines, sheet, span
 from support.progress import Progress
-from support.sampling import sample
 
 
 @dataclass(frozen=True)
 class Config:
-    ckpt: str | None = flag(None, "checkpoint that train.py wrote (default: draw what needs no network)")
-    out: str = flag("figures", "folder for the pictures, NAME.png each; it is made if missing")
-    only: str | None = flag(None, "figures by name, such as reverse,shared (default: all that can be drawn)")
-    n: int | None = flag(None, "images: samples that a figure shows (default: 3 to 10, as suits it), and "
-                               "held-out images over which rate and terms average (default: 16)", low=1)
-    log: str | None = flag(None, "what train.py --log wrote, for the figure loss")
-    data: str | None = flag(None, "glyphs, cifar10 or a folder of images (default: what it was trained on)")
-    data_dir: str = flag("data", "where cifar10 is or goes, and the cache of image folders")
+    ckpt: str | None = flag(None, "checkpoint that train.py wrote (default: draw what needs no network)",
+                            group="input", metavar="PATH")
+    log: str | None = flag(None, "log that train.py --log wrote, for the figure loss", metavar="PATH")
+    data: str | None = flag(None, "images to show: glyphs, cifar10, or a folder (default: those held out "
+                            "from the network's own data)", metavar="DATA")
+    data_dir: str = flag("data", "folder of CIFAR-10 and of the caches of image folders", metavar="DIR")
+
+    out: str = flag("figures", "folder for the pictures, NAME.png each; made if missing", group="output",
+                    metavar="DIR")
+    only: str | None = flag(None, "figures to draw, such as reverse,shared (default: all that can be drawn)",
+                            metavar="NAMES")
+    n: int | None = flag(None, "number of images: those that a figure of samples shows (default: 3 to 10, as "
+                         "suits it), and over which rate and terms average (default: 16)", low=1)
     seed: int = flag(0, "image i is drawn and noised from seed + i", low=0, high=2**31)
-    device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps, ..")
+
+    device: str = flag("auto", "device to compute on: auto, cpu, cuda, cuda:1, mps, ...", group="machine")
 
 
 def main(cfg, given):
@@ -92,13 +96,18 @@ class Scene:
     """What the figures are drawn from: the flags, held-out images, and a checkpoint's network, if any."""
 
     def __init__(self, cfg):
-        self.cfg, self.ckpt, self.device = cfg, None, pick_device(cfg.device)
+        self.cfg, self.ckpt, self.device = cfg, None, devices.pick_device(cfg.device)
+        devices.use_precision("fp32", self.device)  # the bound sums T terms, and bf16 would round each
+        several = max(2, cfg.n or 16)
         if cfg.ckpt:
             self.ckpt, self.net, self.d = load_model(cfg.ckpt, "ema", self.device)
             if not all(weight.isfinite().all() for weight in self.net.parameters()):
                 raise Failure(f"{cfg.ckpt}: its weights are not finite; its training diverged")
-        images, self.labels, _ = load(cfg.data or "glyphs", cfg.data_dir)
-        self.x0 = images[: max(64, cfg.n or 0)].to(self.device).float() / 127.5 - 1
+            images, self.labels, _ = data.held_out(self.ckpt, cfg.data, cfg.data_dir, limit=several)
+        else:
+            images, self.labels, _ = data.load(cfg.data or "glyphs", False, cfg.data_dir, (64, 64), 3,
+                                               limit=several)  # fmt: skip
+        self.x0 = images.to(self.device).float() / 127.5 - 1
 
     @property
     def grids(self):
@@ -139,8 +148,8 @@ class Scene:
 
     def sample(self, n, tick, **how):
         """n images, as sample.py draws them, of labels spread over the classes: uint8 (n, H, W, C)."""
-        x0 = sample(self.net, self.d, self.ckpt["shape"], self.seeds(n), self.spread(n), on_step=tick, **how)
-        return to_uint8(x0)
+        return to_uint8(sampling.sample(self.net, self.d, self.ckpt["shape"], self.seeds(n), self.spread(n),
+                                        on_step=tick, **how))  # fmt: skip
 
     @cached_property
     def bound(self):

@@ -31,6 +31,12 @@ def blocks(page):
     return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
 
 
+def anchors(text):
+    """The names that GitHub gives to a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+
+
 def promised(code):
     """What a block says that it prints: the comments behind its calls of print that have one."""
     return re.findall(r"^\s*print\(.*\)  # (.*)$", code, re.MULTILINE)
@@ -60,17 +66,18 @@ def printed(tmp_path_factory):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_block_of_code_runs_and_prints_what_its_comments_say(page, printed):
     for code, out in zip(blocks(page), printed(page), strict=True):
-        assert [line for line in out.splitlines() if line in promised(code)] == promised(code), f"{code}\n{out}"
+        said = [line for line in out.splitlines() if line in promised(code)]
+        assert said == promised(code), f"{code}\nprinted:\n{out}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_link_and_picture_of_a_page_is_there(page):
     for text, target in re.findall(r"\[(.*?)\]\((?!http)(.*?)\)", page.read_text()):
-        file, _, heading = target.partition("#")
-        assert (page.parent / file).exists(), f"{page.name}: {text} -> {target}"
+        name, _, heading = target.partition("#")
+        file = page.parent / name if name else page
+        assert file.exists(), f"{page.name}: {text} -> {target}"
         if heading:
-            headings = re.findall(r"^#+ (.*)$", (page.parent / file if file else page).read_text(), re.MULTILINE)
-            assert heading in [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings], target
+            assert heading in anchors(file.read_text()), f"{page.name}: {text} -> {target}"
 
 
 def percent(out):

@@ -1,11 +1,11 @@
-"""figures.py: what each figure plots is what the paper defines, and the command draws it, whole or not at all."""
+"""figures.py: what a figure plots is what the paper defines, and it is drawn whole or not at all."""
 
+import inspect
 import json
 import re
 
 import numpy as np
 import pytest
-import reference_numpy as ref
 import torch
 from judge import close
 from PIL import Image
@@ -13,8 +13,10 @@ from PIL import Image
 import ddpm
 import evaluate
 import figures
+from support.plots import COLOURS
+import reference_numpy as ref
 
-LEVELS, WEIGHTS = np.array([-1.0, -0.2, 1.0]), np.array([0.5, 0.3, 0.2])  # data of which the best eps is known
+LEVELS, WEIGHTS = np.array([-1.0, -0.2, 1.0]), np.array([0.5, 0.3, 0.2])  # of pixels: the best eps is known
 BETA = ref.linear_beta(12, 0.01, 0.5)
 D = ddpm.Diffusion(torch.tensor(BETA))
 
@@ -73,7 +75,7 @@ def test_reverse_shows_at_each_step_the_x0_that_eq15_has_the_best_model_see():
 
 
 def test_samples_from_a_shared_x_1_are_nearly_the_image():
-    """At t = 1 whatever a model says of eps moves x0 by sqrt((1 - alpha_bar_1) / alpha_bar_1) times its error."""
+    """At t = 1 a model's error in eps moves x0 by sqrt((1 - alpha_bar_1) / alpha_bar_1) times as much."""
     d = ddpm.Diffusion(ddpm.linear_schedule())
     x0, eps = torch.rand(3, 1, 4, 4) * 2 - 1, torch.randn(3, 1, 4, 4)
     got = figures.decoded(lambda xt, t: torch.zeros_like(xt), d, d.q_sample(x0, 1, eps), 1, seeded(0, 1, 2))
@@ -124,7 +126,7 @@ def test_the_error_at_each_step_is_that_of_the_x0_which_the_best_model_sees():
 
 
 def test_rate_and_distortion_count_what_a_receiver_of_x_T_to_x_t_has_paid():
-    """Sec. 4.3, by hand for T = 3: x_3 costs L_3, x_2 costs L_2 more, x_1 costs L_1 more; L_0 is never paid."""
+    """Sec. 4.3, by hand for T = 3: x_3 costs L_3, x_2 L_2 more, x_1 L_1 more; L_0 is not paid for x_1."""
     L = torch.tensor([[8.0, 4.0, 2.0, 1.0]])
     bits, rmse = figures.rate_and_distortion(L, torch.tensor([0.01, 0.04, 0.25]))
     close("rate at t = 1, 2, 3", bits, [[7.0, 3.0, 1.0]], 0)
@@ -138,7 +140,7 @@ def printed_bound(text):
 
 
 @pytest.mark.parametrize("which", ["trained", "learned"])
-def test_terms_sum_to_what_evaluate_prints_and_the_curve_of_rate_ends_at_its_rate_and_L_T(which, request, call):
+def test_terms_sum_to_what_evaluate_prints_and_the_curve_ends_at_its_rate_and_L_T(which, request, call):
     """Of the same images by the same seeds; evaluate.py prints five decimals."""
     path = request.getfixturevalue("ckpt" if which == "trained" else which)
     status, out, err = call(evaluate, "--ckpt", path, "--n", 5, "--seed", 3, "--device", "cpu")
@@ -168,9 +170,10 @@ def test_without_a_checkpoint_three_figures_are_drawn_and_the_others_are_named(c
 
 def test_with_a_checkpoint_and_a_log_all_are_drawn_and_again_the_same(call, trained, ckpt, tmp_path):
     """Each a picture that a page can hold; another seed draws others wherever anything is drawn."""
+    log = trained[0] / "log.jsonl"
     for out, seed in ("one", 0), ("two", 0), ("other", 1):
-        status, said, err = call(figures, "--ckpt", ckpt, "--log", trained[0] / "log.jsonl", "--out", out, "--n", 4,
-                                 "--seed", seed)  # fmt: skip
+        flags = ["--out", out, "--n", 4, "--seed", seed, "--device", "cpu"]
+        status, said, err = call(figures, "--ckpt", ckpt, "--log", log, *flags)
         assert status == 0 and "not drawn" not in said, err
     for name in figures.FIGURES:
         one, two, other = ((tmp_path / out / f"{name}.png").read_bytes() for out in ("one", "two", "other"))
@@ -181,7 +184,8 @@ def test_with_a_checkpoint_and_a_log_all_are_drawn_and_again_the_same(call, trai
 
 
 def test_a_network_that_learned_variances_has_all_figures_too(call, learned, tmp_path):
-    status, out, err = call(figures, "--ckpt", learned, "--out", "f", "--only", "reverse,shared,steps,terms,guidance")
+    names = "reverse,shared,steps,terms,guidance"
+    status, _, err = call(figures, "--ckpt", learned, "--out", "f", "--only", names, "--n", 4)
     assert status == 0, err
     assert len(list((tmp_path / "f").iterdir())) == 5
 
@@ -227,8 +231,11 @@ def test_the_held_out_loss_of_a_log_is_a_curve_of_its_own(call, tmp_path):
         lines[5].update(dict(held_out=0.3) if held_out else {})
         (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         assert call(figures, "--out", f"f{held_out}", "--only", "loss", "--log", "log.jsonl")[0] == 0
-    one, two = ({colour for _, colour in Image.open(tmp_path / f"f{x}" / "loss.png").convert("RGB").getcolors(10**6)} for x in (False, True))
-    assert figures.lines.__globals__["COLOURS"][1] in two - one
+    colours = []
+    for name in ("fFalse", "fTrue"):
+        with Image.open(tmp_path / name / "loss.png") as picture:
+            colours.append({colour for _, colour in picture.convert("RGB").getcolors(10**6)})
+    assert COLOURS[1] in colours[1] - colours[0]
 
 
 def test_a_picture_is_written_whole_or_not_at_all(call, monkeypatch, tmp_path):
@@ -248,8 +255,6 @@ def test_a_picture_is_written_whole_or_not_at_all(call, monkeypatch, tmp_path):
 
 
 def test_each_figure_is_one_function_of_a_screen_that_says_what_to_look_for():
-    import inspect
-
     for name, figure in figures.FIGURES.items():
         lines, _ = inspect.getsourcelines(figure)
         assert len(lines) <= 26 and "Look" in figure.__doc__, name
