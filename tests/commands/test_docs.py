@@ -39,7 +39,7 @@ def anchors(text):
 
 def promised(code):
     """What a block says that it prints: the comments behind its calls of print that have one."""
-    return re.findall(r"^\s*print\(.*\)  # (.*)$", code, re.MULTILINE)
+    return re.findall(r"^\s*print\(.*\) +# (.*)$", code, re.MULTILINE)
 
 
 @pytest.fixture(scope="module")

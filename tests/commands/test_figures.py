@@ -13,8 +13,8 @@ from PIL import Image
 import ddpm
 import evaluate
 import figures
-from support.plots import COLOURS
 import reference_numpy as ref
+from support.plots import COLOURS
 
 LEVELS, WEIGHTS = np.array([-1.0, -0.2, 1.0]), np.array([0.5, 0.3, 0.2])  # of pixels: the best eps is known
 BETA = ref.linear_beta(12, 0.01, 0.5)
