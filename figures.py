@@ -348,9 +348,9 @@ def interpolated(model, d, pair, t, shares, eps, generator):
 def interpolation(scene):
     """Two images, mixed when both are noised to step t, and the mixture denoised (DDPM fig. 8 and 9).
 
-    Look at a row's ends first: at 0 and 1 nothing is mixed, and a small t gives the images back. A
-    small t also lays one image over the other; a larger one makes a whole image of the mixture; from
-    t = T any image can come, and it does not matter which two were mixed.
+    Look at a row's ends first: at 0% and 100% nothing is mixed, and a small t gives the images back. A
+    small t also lays one image over the other; a larger one makes a whole image of the mixture; at t = T
+    any image can come, whichever two were mixed.
     """
     d, shares, rows = scene.d, [0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1], []
     at = sorted({max(1, d.T * eighth // 8) for eighth in (1, 2, 4, 5, 6, 8)})
@@ -361,7 +361,8 @@ def interpolation(scene):
         same = [torch.Generator().manual_seed(scene.cfg.seed) for _ in shares]  # only the share differs
         mixtures = interpolated(model, d, pair, t, shares, scene.noise(2), same)
         rows.append(to_uint8(torch.cat([pair[:1], mixtures, pair[1:]])))
-    return sheet(rows, ["image", *(f"{share:g}" for share in shares), "image"], [f"t = {t}" for t in at])
+    above = ["one", *(f"{share:.0%}" for share in shares), "other"]
+    return sheet(rows, above, [f"t = {t}" for t in at])
 
 
 def steps(scene):
@@ -438,8 +439,8 @@ def rate(scene):
     terms, error = scene.bound
     bits, rmse = rate_and_distortion(terms.mean(1), error)
     x, y = span("rate, bits/dim", [[0], bits]), span("distortion, RMSE on 0..255", [[0], rmse])
-    curves = {f"{name}: {row[0]:.2f} in all": (row, rmse) for name, row in zip(VARIANCES, bits)}
-    return lines(x, y, curves, "Distortion against rate", (560, 380), wide=1)
+    curves = {f"{name}: {row[0]:.2f} bits/dim": (row, rmse) for name, row in zip(VARIANCES, bits)}
+    return lines(x, y, curves, "Distortion against rate", (620, 380), wide=1)
 
 
 def terms(scene):
@@ -449,10 +450,10 @@ def terms(scene):
     bits. That is where the choice of sigma^2 matters; at large t, all three are the same.
     """
     mean, t = scene.bound[0].mean(1), np.arange(1, scene.d.T + 1)
-    curves = {f"{name}: {row.sum():.3f} in all": (t, row[:-1]) for name, row in zip(VARIANCES, mean)}
+    curves = {f"{name}: {row.sum():.3f} bits/dim": (t, row[:-1]) for name, row in zip(VARIANCES, mean)}
     y = span("L_{t-1}, bits/dim", [row[:-1] for row in mean], log=True)
     x = Axis("step t", 1, scene.d.T, log=True)
-    return lines(x, y, curves, "The bound by its terms", (720, 400), wide=1)
+    return lines(x, y, curves, "The bound by its terms", (760, 400), wide=1)
 
 
 VARIANCES = ["sigma^2 = beta", "beta_tilde", "learned"]  # the rows of Scene.bound
