@@ -25,7 +25,7 @@ def to_uint8(x):
 
 
 def grid(images, rows, side=64):
-    """uint8 (N, H, W, C) -> one Pillow image of so many rows; images are enlarged to `side` pixels at most."""
+    """uint8 (N, H, W, C) -> one Pillow image of so many rows, each enlarged to `side` pixels at most."""
     n, H, W, C = images.shape
     (H, W), scale = cell(H, W, side)
     images = images.repeat(scale, axis=1).repeat(scale, axis=2)
