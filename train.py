@@ -5,10 +5,10 @@
     python train.py --data path/to/images --size 64      a folder; with --labels, its subfolders are classes
     python train.py --resume ckpt.pt                     goes on where it stopped, bit for bit
     torchrun --standalone --nproc-per-node 4 -- train.py --data cifar10    four GPUs, the same batches
-
-The file reads from top to bottom: settings; the run, from the data to the network; and its loop, which is
-Algorithm 1. What it shares with the other commands is in support/, a file for each duty.
 """
+
+# The file reads from top to bottom: settings; the run, from the data to the network; and its loop, which
+# is Algorithm 1. What it shares with the other commands is in support/, a file for each duty.
 
 import copy
 import math

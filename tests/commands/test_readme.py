@@ -1,5 +1,6 @@
-"""The README is true: its commands and code run, its map and its numbers are those of the files."""
+"""The README and the other pages are true: their commands run, their numbers are those of the files."""
 
+import ast
 import os
 import re
 import shlex
@@ -8,7 +9,7 @@ import sys
 
 import pytest
 from mutants import CATALOGUE
-from running import ROOT
+from running import ROOT, stripes
 
 import evaluate
 import sample
@@ -17,19 +18,23 @@ from support import command as command_line
 from support import recipes
 
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
-COMMANDS = [part.split("#")[0].strip() for language, block in BLOCKS if language == "bash"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"```(\w*)\n(.*?)```", re.DOTALL)
+BLOCKS = BLOCK.findall(README)
+COMMANDS = [part.split("#")[0].strip() for page in PAGES
+            for language, block in BLOCK.findall(page.read_text()) if language == "bash"
             for line in block.splitlines() for part in line.split(" && ")]  # fmt: skip
 
-# What makes a command of the README take seconds: added at its end, where it wins.
+# What makes a command take seconds: added at its end, where it wins.
 SHORT = {
     "train.py": "--epochs 1 --limit 32 --batch-size 8 --width 8 --timesteps 5 --sample-every 0",
     "sample.py": "--n 3 --steps 2",
     "evaluate.py": "--n 2",
     "-m pytest": "--collect-only -q tests/specification/test_1_schedules.py",
     "tests/mutants.py": "t = 1 is never drawn",
-    "tests/mutate.py": None,  # minutes, whatever is added; .ci/run runs the second
+    "tests/mutate.py": None,  # these take minutes, whatever is added; .ci/run runs two of them
     "tests/faults.py": None,
+    ".ci/run": None,
 }
 
 
@@ -50,7 +55,7 @@ def test_there_are_two_commands_for_a_fresh_machine_and_they_set_up_all():
 
 
 @pytest.mark.parametrize("command", dict.fromkeys(COMMANDS))
-def test_every_command_of_the_readme_runs(command, call, tmp_path):
+def test_every_command_of_the_pages_runs(command, call, tmp_path):
     """As it stands, but shortened: fewer epochs, images and steps. Without a network, those that want
     CIFAR-10 are only parsed."""
     words = shlex.split(command.removeprefix(".venv/bin/python "))
@@ -58,7 +63,7 @@ def test_every_command_of_the_readme_runs(command, call, tmp_path):
     if "cifar10" in command:
         flags = command_line.parse_flags(train.Config, "", words[words.index("train.py") + 1 :])[0]
         assert recipes.complete(flags).lr == 2e-4
-    elif "--ddpm" in command:  # test_house.py runs it, from elsewhere and with a file that is wrong
+    elif "--ddpm" in command:  # test_judging.py runs it, from elsewhere and with a file that is wrong
         assert words == "-m pytest tests/specification --ddpm path/to/my_ddpm.py".split()
     elif script is None:
         assert command in ("python3 -m venv .venv", ".venv/bin/pip install -r requirements.txt")
@@ -68,8 +73,9 @@ def test_every_command_of_the_readme_runs(command, call, tmp_path):
     elif not script.endswith(".py") or script.startswith("tests/"):
         run(" ".join(words) + " " + SHORT[script])
     else:
-        (tmp_path / "path" / "to").mkdir(parents=True)
-        (tmp_path / "path" / "to" / "images").symlink_to(ROOT / "docs")
+        (tmp_path / "path" / "to" / "images").mkdir(parents=True)
+        for i in range(3):
+            stripes(40 + i, 50).save(tmp_path / "path" / "to" / "images" / f"{i}.png")
         if script != "train.py" or "--resume" in words:
             assert call(train, *SHORT["train.py"].split())[0] == 0
             epochs = ["--epochs", 2, "--sample-every", 0]
@@ -101,13 +107,31 @@ def test_the_map_of_the_readme_gives_the_lines_equations_and_tests_of_each_secti
         assert equations == in_file[29:59].strip()
 
 
-def test_the_numbers_of_the_readme_are_those_of_the_files(request):
+def test_the_numbers_of_the_pages_are_those_of_the_files(request):
+    everything = "\n".join(page.read_text() for page in PAGES)
     text = README.replace("\n", " ")
-    assert f"in {len((ROOT / 'ddpm.py').read_text().splitlines())} lines" in text
-    assert f"(improved.py), {len((ROOT / 'improved.py').read_text().splitlines())} lines more" in text
-    assert f"{len(CATALOGUE)} of {len(CATALOGUE)}" in README
-    assert (ROOT / "docs" / "grid.png").is_file()
-    words = set(re.findall(r"\b[A-Z]{5,}\b", README)) - {"CIFAR", "README", "SIGTERM", "SIGKILL"}
-    assert not words, "a placeholder is left"
+    assert f"in {len((ROOT / 'ddpm.py').read_text().splitlines())} lines of PyTorch" in text
+    assert f"(improved.py), {len((ROOT / 'improved.py').read_text().splitlines())} lines," in text
+    killed = re.findall(r"(\d+) of \d+ killed(?: by the test|\s\|)", everything)
+    assert {int(n) for n in killed} == {len(CATALOGUE)} and f"applies {len(CATALOGUE)} mistakes" in text
     if len({item.path for item in request.session.items}) == len(list(ROOT.glob("tests/*/test_*.py"))):
-        assert f"{len(request.session.items)} tests" in README, len(request.session.items)
+        counts = set(re.findall(r"(\d+) tests", everything))
+        assert counts == {str(len(request.session.items))}, len(request.session.items)
+
+
+def test_the_table_of_faults_has_the_kinds_and_the_runs_of_the_script():
+    page = (ROOT / "docs" / "reliability.md").read_text()
+    rows = re.findall(r"^\| ([\w ,]+) \| .* \| (\d+) \| \d+.*\|$", page, re.MULTILINE)
+    [table] = [node.value for node in ast.parse((ROOT / "tests" / "faults.py").read_text()).body
+               if isinstance(node, ast.Assign) and node.targets[0].id == "FAULTS"]
+    assert [(name, int(n)) for name, n in rows] == [(f.elts[0].value, f.elts[2].value) for f in table.elts]
+    total = sum(int(n) for _, n in rows)
+    assert f"{total:,} of {total:,}" in README
+
+
+def test_the_readme_is_read_in_a_sitting_and_its_links_lead_somewhere():
+    """At most 120 lines; every file that a page names is there."""
+    assert len(README.splitlines()) <= 120
+    for page in PAGES:
+        for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"

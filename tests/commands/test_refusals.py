@@ -96,7 +96,7 @@ def test_a_wrong_call_is_one_line_and_status_2(call, ckpt, tmp_path, module, fla
     (evaluate, "--ckpt {ckpt} --data nowhere", "there is no such folder"),
     (evaluate, "--ckpt {ckpt} --data full", "a.png: is in no subfolder"),
 ])  # fmt: skip
-def test_a_failing_world_is_one_line_and_status_1(call, ckpt, tmp_path, module, flags, words):
+def test_a_failure_is_one_line_and_status_1(call, ckpt, tmp_path, module, flags, words):
     whole = ckpt.read_bytes()
     for name in ("empty", "full"):
         (tmp_path / name).mkdir()
