@@ -303,14 +303,16 @@ def reverse(scene):
     """From noise to an image: x_t, and below it the x0 that the network sees in it (DDPM fig. 6).
 
     Look at each second row. The network's first guess is a blur, the mean of all images that x_t may
-    become; then the shape is settled, and last the edges. (At t = T of the cosine schedule x_t holds no
-    image at all, and eq. 15 divides by almost 0: black and white there mean nothing.)
+    become; then the shape is settled, and last the edges. At t = T there is none: x_t holds no image,
+    and eq. 15 divides by almost 0.
     """
     d, n, at = scene.d, scene.cfg.n or 3, times(scene.d.T)
     calls = len({*ddpm.ddim_grid(d.T, min(100, d.T)), *at} - {0})
     path = walk(scene.model(calls), d, scene.noise(n), at, scene.generators(n))
-    images = [[to_uint8(x) for x in path[t]] for t in at]
-    rows = [[both[which][i] for both in images] for i in range(n) for which in (0, 1)]
+    rows = []
+    for i in range(n):
+        rows.append([to_uint8(path[t][0])[i] for t in at])
+        rows.append([to_uint8(path[t][1])[i] if d.alpha_bar[t] > 1e-4 else None for t in at])
     return sheet(rows, [f"t = {t}" for t in at], ["x_t", "its x0"] * n)
 
 
