@@ -15,6 +15,7 @@ Each figure is a function of a Scene; its docstring says what to look for. What 
 functions above it, which take a model and a diffusion as ddpm.py's do.
 """
 
+import glob
 import itertools
 import json
 import pathlib
@@ -113,7 +114,7 @@ class Scene:
     def grids(self):
         """The grids that train.py drew beside the checkpoint, the earliest first."""
         path = pathlib.Path(self.cfg.ckpt)
-        return sorted(path.parent.glob(f"{path.stem}.[0-9][0-9][0-9][0-9].png"))
+        return sorted(path.parent.glob(f"{glob.escape(path.stem)}.[0-9][0-9][0-9][0-9].png"))
 
     def network(self, calls, labels=None):
         """The network as a model (xt, t), of labels (B,) or of none, with a line of progress over calls."""
@@ -202,7 +203,8 @@ def schedules(scene):
     """Three schedules: the noise of a step, what is left of the image, and signal to noise.
 
     Look at the middle: alpha_bar_t is the image's share of the variance of x_t. The linear schedule has
-    spent it at t = 600; the cosine one falls evenly, and only at its end as steeply as on the right.
+    spent it at t = 600, the cosine one falls evenly. On the right: from hardly any noise to hardly any
+    image, the ratio of the two falls over ten powers of ten.
     """
     t, x = np.arange(1, 1001), Axis("step t", 0, 1000)
     each = {"linear": ddpm.linear_schedule(), "cosine": ddpm.cosine_schedule(),
@@ -244,12 +246,13 @@ def embedding(scene):
 def epochs(scene):
     """A network learns: images of the same seeds, as it drew them after each epoch, or every few.
 
-    Look down a column. It is the first column of each grid that train.py wrote beside the checkpoint.
+    Look down a column. A row is the first column of a grid that train.py wrote beside the checkpoint,
+    ten images at most.
     """
     rows, ((tall, wide), _) = [], cell(*scene.ckpt["shape"][1:])
     for path in scene.grids:
         column = np.asarray(Image.open(path).convert("RGB"))[:, 2:wide]
-        rows.append([column[top : top + tall - 2] for top in range(2, len(column) - 2, tall)])
+        rows.append([column[top : top + tall - 2] for top in range(2, len(column) - 2, tall)][:10])
     return sheet(rows, beside=[f"epoch {int(path.suffixes[-2][1:])}" for path in scene.grids], scale=1)
 
 
@@ -271,12 +274,15 @@ def loss(scene):
 
 def read_log(path):
     """The lines of a log as dictionaries."""
+    with open(path, errors="replace") as file:
+        text = file.read()
     try:
-        with open(path) as file:
-            log = [json.loads(line) for line in file]
-        assert log and all(line["epoch"] >= 0 and line["loss"] > 0 for line in log)
-    except (ValueError, TypeError, KeyError, AssertionError):
-        raise Failure(f"--log {path}: not a log of train.py") from None
+        log = [json.loads(line) for line in text.splitlines()]
+        whole = bool(log) and all(line["epoch"] > 0 and line["loss"] > 0 for line in log)
+    except (ValueError, TypeError, KeyError):
+        whole = False
+    if not whole:
+        raise Failure(f"--log {path}: not a log of train.py")
     return log
 
 
@@ -449,12 +455,12 @@ def terms(scene):
     """What each step costs: the terms L_{t-1} of the bound, averaged over held-out images.
 
     Look at the left end: the last steps of sampling, in which nothing seems to change, cost most of the
-    bits. That is where the choice of sigma^2 matters; at large t, all three are the same.
+    bits. That is where the choice of sigma^2 matters; at large t, all do the same.
     """
     mean, t = scene.bound[0].mean(1), np.arange(1, scene.d.T + 1)
     curves = {f"{name}: {row.sum():.3f} bits/dim": (t, row[:-1]) for name, row in zip(VARIANCES, mean)}
     y = span("L_{t-1}, bits/dim", [row[:-1] for row in mean], log=True)
-    x = Axis("step t", 1, scene.d.T, log=True)
+    x = Axis("step t", 1, max(2, scene.d.T), log=True)
     return lines(x, y, curves, "The bound by its terms", (760, 400), wide=1)
 
 

@@ -40,9 +40,11 @@ def span(name, values, log=False):
     low, high = values.min(), values.max()
     if log:
         steps = ladder(low, high)
-        return Axis(name, max(v for v in steps if v <= low), min(v for v in steps if v >= high), True)
+        low = max(v for v in steps if v <= low)
+        return Axis(name, low, min(v for v in steps if v >= high and v > low), True)
     step = spacing(low, high)
-    return Axis(name, math.floor(low / step) * step, math.ceil(high / step) * step)
+    first, last = math.floor(low / step), math.ceil(high / step)
+    return Axis(name, first * step, max(first + 1, last) * step)
 
 
 def spacing(low, high):

@@ -74,6 +74,13 @@ def test_an_axis_that_spans_values_holds_them_all_and_little_more():
         assert (low >= least / 2.5 and high <= most * 2.5) if log else high - low <= 1.6 * (most - least)
 
 
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("value", [0.5, 0.37, 20])
+def test_an_axis_that_spans_one_value_has_two_ends(value, log):
+    _, low, high, _ = plots.span("", [[value]], log)
+    assert low <= value <= high and low < high
+
+
 def test_a_line_passes_through_its_points_and_stays_inside_the_axes():
     """From far outside to far outside: what is drawn ends at the axes, and lies on the straight line."""
     picture = plots.lines(LINEAR, LINEAR, {"line": ([-10, 14], [-10, 14])}, size=SIZE)
