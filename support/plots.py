@@ -104,7 +104,7 @@ def lines(x, y, series, title="", size=(400, 320), dots=False, wide=0):
     for i, (colour, (xs, ys)) in enumerate(zip(COLOURS, series.values())):
         places = np.stack(pixel(x, y, xs, ys, size), axis=1) * ZOOM - 0.5
         places = places[np.isfinite(places).all(axis=1)]
-        for px, py in places if dots else ():
+        for px, py in places if dots or len(places) == 1 else ():
             over.circle((px, py), 1.2 * ZOOM, colour)
         if not dots:
             width = round(ZOOM * (2 + wide * (len(series) - 1 - i)))

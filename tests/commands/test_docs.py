@@ -80,6 +80,20 @@ def test_every_link_and_picture_of_a_page_is_there(page):
             assert heading in anchors(file.read_text()), f"{page.name}: {text} -> {target}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_mathematics_of_a_page_survives_markdown(page):
+    """A backslash before punctuation is Markdown's, and would be gone; a formula in a line ends in that line;
+    what precedes or follows its dollars is no quote, letter or digit; braces come in pairs."""
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(), flags=re.DOTALL)
+    blocks = re.findall(r"^\$\$(.*?)\$\$", text, re.DOTALL | re.MULTILINE)
+    text = re.sub(r"^\$\$.*?\$\$", "", text, flags=re.DOTALL | re.MULTILINE)
+    inline = re.findall(r"(?<![\w\"$])\$(?! )([^$\n]+?)(?<! )\$(?![\w\"$])", text)
+    assert text.count("$") == 2 * len(inline), [line for line in text.splitlines() if line.count("$") % 2]
+    for formula in [*blocks, *inline]:
+        assert not re.search(r"\\[^A-Za-z]", formula), formula
+        assert formula.count("{") == formula.count("}") and formula.count("(") == formula.count(")"), formula
+
+
 def percent(out):
     return int(re.search(r"(\d+)%", out)[1])
 

@@ -14,6 +14,7 @@ import ddpm
 import evaluate
 import figures
 import reference_numpy as ref
+import train
 from support.plots import COLOURS
 
 LEVELS, WEIGHTS = np.array([-1.0, -0.2, 1.0]), np.array([0.5, 0.3, 0.2])  # of pixels: the best eps is known
@@ -188,6 +189,14 @@ def test_a_network_that_learned_variances_has_all_figures_too(call, learned, tmp
     status, _, err = call(figures, "--ckpt", learned, "--out", "f", "--only", names, "--n", 4)
     assert status == 0, err
     assert len(list((tmp_path / "f").iterdir())) == 5
+
+
+def test_a_chain_of_one_step_has_all_figures_too(call, tmp_path):
+    flags = "--limit 32 --batch-size 16 --width 8 --timesteps 1 --epochs 1 --device cpu --log log.jsonl"
+    assert call(train, *flags.split())[0] == 0
+    status, out, err = call(figures, "--ckpt", "ckpt.pt", "--log", "log.jsonl", "--out", "f", "--n", 2)
+    assert status == 0 and "not drawn" not in out, err
+    assert len(list((tmp_path / "f").iterdir())) == len(figures.FIGURES)
 
 
 def test_epochs_shows_the_first_image_of_each_class_of_every_grid(call, trained, ckpt, tmp_path):
