@@ -13,7 +13,7 @@ import torch
 from support import checkpoint, command, devices, pictures, sampling
 from support.command import flag
 from support.errors import Failure, UsageError
-from support.progress import Progress
+from support.progress import Progress, say
 
 FRAMES = 24  # of a film, about
 
@@ -78,7 +78,7 @@ def main(cfg, given):
            else f"DDIM, {steps} steps, eta {eta:g}")
     how += f", w = {cfg.guidance:g}" if cfg.guidance else ""
     _, H, W = ckpt["shape"]
-    print(f"{cfg.out}: {len(images)} images of {H}x{W}, {how}, {cfg.weights} weights at step {ckpt['step']}")
+    say(f"{cfg.out}: {len(images)} images of {H}x{W}, {how}, {cfg.weights} weights at step {ckpt['step']}")
 
 
 def sampler(cfg, ckpt, T):

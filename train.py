@@ -28,7 +28,8 @@ from support.command import flag
 from support.data.folder import parse_size
 from support.errors import UsageError
 from support.files import replacing, writable
-from support.monitor import Monitor, refuse_log, say
+from support.monitor import Monitor, refuse_log
+from support.progress import note, say
 
 # --- Settings ------------------------------------------------------------------------------------
 
@@ -135,14 +136,15 @@ def main(cfg, given):
     monitor.describe(run, d, bf16)
     learn(cfg, run, d, train_set, monitor, device, bf16)
     if workers.is_first():
-        print(f"{cfg.out}: {steps} steps done; now: python sample.py --ckpt {shlex.quote(cfg.out)} "
-              f"--out grid.png")
+        say(f"{cfg.out}: {steps} steps done; now: python sample.py --ckpt {shlex.quote(cfg.out)} "
+            f"--out grid.png")
     workers.end()
 
 
 def refuse_outputs(cfg, saved):
     """Refuses an output that cannot be written, or that would damage something else; notes a replaced one."""
     writable(cfg.out)
+    writable(grid_name(cfg.out, 0))
     above = pathlib.Path(cfg.out).resolve().parents
     if data.is_folder(cfg.data) and pathlib.Path(cfg.data).resolve() in above:
         raise UsageError(f"--out {cfg.out}: is inside --data, and would be taken for one of its images")
@@ -150,7 +152,7 @@ def refuse_outputs(cfg, saved):
         refuse_log(cfg.log, (cfg.out, cfg.resume or cfg.out))
     replaced = os.path.exists(cfg.out) and not (saved and os.path.samefile(cfg.out, cfg.resume))
     if replaced and workers.is_first():
-        print(f"note: {cfg.out} exists and will be replaced; --resume goes on with it", file=sys.stderr)
+        note(f"note: {cfg.out} exists and will be replaced; --resume goes on with it")
 
 
 @dataclass
@@ -279,8 +281,13 @@ def draw_grid(cfg, run, d, epoch):
     parts = [slice(i, i + cfg.batch_size) for i in range(0, len(y), cfg.batch_size)]
     x0 = torch.cat([sampling.sample(run.ema, d, run.about["shape"], range(len(y))[part],
                                     y[part] if classes else None, min(50, d.T), **how) for part in parts])
-    with replacing(pathlib.Path(cfg.out).with_suffix(f".{epoch:04d}.png")) as file:
+    with replacing(grid_name(cfg.out, epoch)) as file:
         pictures.grid(pictures.to_uint8(x0), rows).save(file, "PNG")
+
+
+def grid_name(out, epoch):
+    """ckpt.0005.png for ckpt.pt."""
+    return str(pathlib.Path(out).with_suffix(f".{epoch:04d}.png"))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import typing
 from dataclasses import MISSING, field, fields
 
 from support.errors import Failure, UsageError, out_of_memory, printable
+from support.progress import note, silence
 
 # --- Flags ---------------------------------------------------------------------------------------
 
@@ -119,10 +120,11 @@ def restored(config, values):
 
 def run(main, config, description):
     """main(flags, names of the flags given); an expected error becomes one line and an exit status."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it cleans up as Ctrl-C does
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")
+    open_streams()
+    on_ending_signals(interrupt)
     try:
+        if os.name != "posix":
+            raise Failure("runs on Linux and macOS only")
         main(*parse_flags(config, description, sys.argv[1:]))
         sys.stdout.flush()
         return
@@ -132,11 +134,37 @@ def run(main, config, description):
             raise
     try:
         sys.stdout.flush()
-    except OSError:  # nobody reads it, or the disk is full: Python must not try again at its exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    if status != 2 or os.environ.get("RANK", "0") == "0":  # a wrong call is wrong in every process
-        print(f"{pathlib.Path(sys.argv[0]).name}: error: {printable(message)}", file=sys.stderr)
+    except OSError:
+        silence(sys.stdout)
+    another = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK") != "0"
+    if status != 2 or not another:  # under torchrun, a wrong call is wrong in every process
+        note(f"{pathlib.Path(sys.argv[0]).name}: error: {printable(message)}")
     sys.exit(status)
+
+
+def open_streams():
+    """Gives a closed standard stream a file, so that no other file takes its number; never stops at a
+    character that a stream cannot write."""
+    for name in ("stdin", "stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
+        elif name != "stdin" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def on_ending_signals(handler):
+    """Sets the handler of each signal that asks a process to end: Ctrl-C, kill, a closed terminal, a
+    cluster's warning, a limit of CPU time. One that is ignored, as SIGHUP under nohup, stays so."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU"):
+        number = getattr(signal, name, None)
+        if number and (name == "SIGINT" or signal.getsignal(number) != signal.SIG_IGN):
+            signal.signal(number, handler)
+
+
+def interrupt(number, frame):
+    """Ends a command as Ctrl-C does, so that it cleans up."""
+    raise KeyboardInterrupt(number)
 
 
 def explained(error):
@@ -146,7 +174,7 @@ def explained(error):
     if isinstance(error, Failure):
         return 1, error
     if isinstance(error, KeyboardInterrupt):
-        return 130, "interrupted"
+        return 128 + (error.args[0] if error.args else signal.SIGINT), "interrupted"
     if isinstance(error, BrokenPipeError):
         return 1, "nobody reads the output any more"
     if isinstance(error, OSError):

@@ -10,35 +10,51 @@ import os
 import pathlib
 import secrets
 import shutil
+import stat
 import time
 
 from support.errors import Failure
 
 
 def writable(path):
-    """Raises Failure if `path` cannot become a file. Called before the work, not after it."""
-    folder = pathlib.Path(path).parent
-    if not folder.is_dir():
-        raise Failure(f"{path}: there is no folder {folder}")
-    if pathlib.Path(path).is_dir() or (isinstance(path, str) and path.endswith("/")):
+    """Raises Failure if `path`, as a person typed it, cannot become a file. Called before the work."""
+    if path.endswith("/") or os.path.isdir(path):
         raise Failure(f"{path}: is a folder")
     if os.path.exists(path) and not os.path.isfile(path):
         raise Failure(f"{path}: is not an ordinary file")
-    if not os.access(folder, os.W_OK):
-        raise Failure(f"{path}: no permission to write there")
+    takes_files(path, path)
+
+
+def takes_files(path, typed):
+    """Raises Failure, in which `typed` stands for the path, unless a file can be made at `path`."""
+    path = pathlib.Path(os.path.realpath(path))
+    if not path.parent.is_dir():
+        raise Failure(f"{typed}: there is no folder {pathlib.Path(typed).parent}")
+    partial = partial_name(path)
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.lstat(path)  # a name that is too long is refused here
+        partial.touch(exist_ok=False)
+        partial.unlink()
+    except OSError as error:
+        raise Failure(f"{typed}: cannot be written there: {error.strerror}") from None
 
 
 @contextlib.contextmanager
-def replacing(path):
-    """Yields a binary file that takes the place of `path` once it is complete and on disk.
+def replacing(path, through_links=True):
+    """Yields a binary file that takes the place of `path`, and its permissions, once it is complete and
+    on disk.
 
-    Any exception inside leaves `path` as it was. A full disk raises Failure.
+    Any exception inside leaves `path` as it was. A full disk raises Failure. through_links: if `path` is a
+    link, what it points to is replaced; otherwise the link is, for a place that others may write to.
     """
-    path = pathlib.Path(os.path.realpath(path))
+    path = pathlib.Path(os.path.realpath(path)) if through_links else pathlib.Path(path)
     partial = partial_name(path)
     clear_old_partials(path)
     try:
         with open(partial, "x+b") as file:
+            if path.is_file() and not path.is_symlink():
+                os.fchmod(file.fileno(), stat.S_IMODE(path.stat().st_mode))
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -65,12 +81,17 @@ def replacing_folder(path):
 
 def partial_name(path):
     """A hidden name beside `path` that no other process takes, on whatever machine it runs."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    return path.with_name(f"{partial_stem(path)}{secrets.token_hex(4)}.partial")
+
+
+def partial_stem(path):
+    """How the partial names of `path` begin. A long name is cut: with more letters it might be refused."""
+    return f".{os.fsdecode(os.fsencode(path.name)[:200])}."
 
 
 def clear_old_partials(path):
     """Removes what a killed writer of `path` left. A partial file younger than an hour may be in use."""
     with contextlib.suppress(OSError):
-        for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        for left in path.parent.glob(f"{glob.escape(partial_stem(path))}*.partial"):
             if time.time() - left.stat().st_mtime > 3600:
                 left.unlink()

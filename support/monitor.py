@@ -4,19 +4,18 @@ Losses are added up on the device. Reading them makes the host wait for it, so t
 when a report is due: at the end of an epoch, every 50 steps, and after five seconds.
 """
 
-import contextlib
 import json
 import math
 import os
 import signal
-import sys
 import time
 
 import torch
 
-from support import devices, workers
+from support import command, devices, workers
 from support.errors import Failure, UsageError
-from support.progress import Progress, duration
+from support.files import writable
+from support.progress import Progress, duration, note, say
 
 
 class Monitor:
@@ -33,6 +32,7 @@ class Monitor:
         self.bad = torch.zeros(3, device=device)  # the first step, loss and gradient that are not finite
         self.reported, self.reported_at = step, time.monotonic()
         self.epoch_began, self.stops = time.monotonic(), []
+        self.log = cfg.log
         if cfg.log:
             open(cfg.log, "a").close()  # a log that cannot be written is refused here
 
@@ -41,17 +41,16 @@ class Monitor:
         if not workers.is_first():
             return
         cfg, (C, H, W), K = self.cfg, run.about["shape"], len(run.about["classes"])
-        print(f"{cfg.data}: {self.N:,} images, {H}x{W}x{C}" + (f", {K} classes" if K else ""))
-        print(f"UNet with {sum(p.numel() for p in run.net.parameters()):,} parameters on "
-              f"{devices.title(self.losses.device)}, {'bf16' if bf16 else 'fp32'}; {cfg.schedule} schedule, "
-              f"T = {d.T}, variance {cfg.variance}")
-        print(f"batch {cfg.batch_size}, lr {cfg.lr:g}, warm-up {cfg.warmup}, decay {cfg.decay}, "
-              f"ema {cfg.ema:g}, dropout {cfg.dropout:g}, flip {cfg.flip}, seed {cfg.seed}")
-        print(f"{cfg.epochs} epochs, {self.steps:,} steps"
-              + (f", from step {run.step:,}" if run.step else ""), flush=True)
+        say(f"{cfg.data}: {self.N:,} images, {H}x{W}x{C}" + (f", {K} classes" if K else ""))
+        say(f"UNet with {sum(p.numel() for p in run.net.parameters()):,} parameters on "
+            f"{devices.title(self.losses.device)}, {'bf16' if bf16 else 'fp32'}; {cfg.schedule} schedule, "
+            f"T = {d.T}, variance {cfg.variance}")
+        say(f"batch {cfg.batch_size}, lr {cfg.lr:g}, warm-up {cfg.warmup}, decay {cfg.decay}, "
+            f"ema {cfg.ema:g}, dropout {cfg.dropout:g}, flip {cfg.flip}, seed {cfg.seed}")
+        say(f"{cfg.epochs} epochs, {self.steps:,} steps" + (f", from step {run.step:,}" if run.step else ""))
         if d.alpha_bar[-1] > 0.01:
-            print(f"note: alpha_bar_T = {d.alpha_bar[-1]:.2g}: x_T is not yet noise, and samples will be "
-                  f"poor; a longer --timesteps or --schedule cosine helps", file=sys.stderr)
+            note(f"note: alpha_bar_T = {d.alpha_bar[-1]:.2g}: x_T is not yet noise, and samples will be "
+                 f"poor; a longer --timesteps or --schedule cosine helps")
 
     def epoch(self, step):
         """Epochs that are complete after so many steps."""
@@ -105,10 +104,14 @@ class Monitor:
         self.epoch_began = now
 
     def write(self, **line):
-        """Appends a JSON line to the log."""
-        if self.cfg.log:
-            with open(self.cfg.log, "a") as file:
-                print(json.dumps(line), file=file)
+        """Appends a JSON line to the log. A log that cannot be written any more does not end the run."""
+        if self.log:
+            try:
+                with open(self.log, "a") as file:
+                    print(json.dumps(line), file=file)
+            except OSError as error:
+                note(f"note: --log {self.log}: {error.strerror}; the run goes on without it")
+                self.log = None
 
     def refuse_infinite(self, step, *numbers):
         """Raises Failure if one of loss, gradient, weights and average, in this order, is not finite."""
@@ -118,10 +121,8 @@ class Monitor:
                               f"help. It is not saved; --resume goes on from {self.cfg.out}, if there is one")
 
     def listen(self):
-        """From now on, Ctrl-C, SIGTERM and a closed terminal ask the run to stop after the step."""
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
-                signal.signal(number, self.stop)
+        """From now on, Ctrl-C and the other signals that end a command ask it to stop after the step."""
+        command.on_ending_signals(self.stop)
 
     def stop(self, number, frame):
         """The signal handler. A second Ctrl-C ends the run at once, without a checkpoint."""
@@ -131,16 +132,16 @@ class Monitor:
 
 
 def refuse_log(path, others):
-    """Raises an error if `path` is one of the files `others`, or exists and is no log."""
+    """Raises an error if `path` cannot be written, is one of the files `others`, or exists and is no log."""
+    writable(path)
     if os.path.realpath(path) in map(os.path.realpath, others):
         raise UsageError(f"--log {path}: is the checkpoint; name another file")
-    if os.path.isfile(path):
+    if os.path.isfile(path) and os.path.getsize(path):
         with open(path, "rb") as file:
-            if file.read(1) not in (b"", b"{"):
-                raise Failure(f"--log {path}: exists, and is not a log of train.py; name another file")
-
-
-def say(line):
-    """Prints a line, if there is still somewhere to print it: no reason to lose the run."""
-    with contextlib.suppress(OSError):
-        print(line, flush=True)
+            first = file.readline(10_000)
+        try:
+            known = {"step", "loss"} <= set(json.loads(first))
+        except (ValueError, TypeError):
+            known = False
+        if not known:
+            raise Failure(f"--log {path}: exists, and is not a log of train.py; name another file")

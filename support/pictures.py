@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageOps
 
 from support.errors import Failure, UsageError
-from support.files import replacing, replacing_folder, writable
+from support.files import replacing, replacing_folder, takes_files, writable
 
 GAP = 2  # white pixels between the images of a grid
 SIDES = {".gif": 65_000, ".webp": 16_000}  # the longest side that the format takes
@@ -62,13 +62,13 @@ def kind_of(out):
     path = where(out)
     if out.endswith(("/", os.sep)) or path.is_dir():
         if path.is_dir() and (any(path.iterdir()) or path.is_mount() or path == pathlib.Path.cwd()):
-            raise Failure(f"--out {path}: the folder is not empty, or in use; name a new one")
-        writable(path.with_name("new"))
+            raise Failure(f"--out {out}: the folder is not empty, or in use; name a new one")
+        takes_files(path, out)
         return "/"
     kind = path.suffix.lower()
     if kind not in (".png", ".gif", ".webp", ".npz"):
-        raise UsageError(f"--out {path}: must end in .png, .gif, .webp, .npz, or in / for a folder")
-    writable(path)
+        raise UsageError(f"--out {out}: must end in .png, .gif, .webp, .npz, or in / for a folder")
+    writable(out)
     return kind
 
 

@@ -1,12 +1,36 @@
-"""The line that shows how far a long task is, on standard error.
+"""What a command says while it works: lines on standard output, notes and progress on standard error.
 
-On a terminal the line rewrites itself five times a second. Elsewhere, as in a log file, a plain line
-appears every 15 seconds.
+The work goes on if nobody can read them: a terminal was closed, a disk is full, a pipe has no reader.
+On a terminal the progress line rewrites itself five times a second. Elsewhere, as in a log file, a plain
+line appears every 15 seconds.
 """
 
 import contextlib
+import os
 import sys
 import time
+
+
+def say(line):
+    """Prints a line on standard output, where it can be printed."""
+    try:
+        print(line, flush=True)
+    except OSError:
+        silence(sys.stdout)
+
+
+def note(line):
+    """Prints a line on standard error, where it can be printed."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
+
+
+def silence(stream):
+    """Sends what a broken stream still holds, and all that comes, to nowhere: its flush at the exit of
+    Python must not fail again."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 class Progress:
@@ -33,7 +57,7 @@ class Progress:
             self.show("\r\x1b[K")
 
     def show(self, text):
-        with contextlib.suppress(OSError):  # the terminal was closed: no reason to lose the work
+        with contextlib.suppress(OSError):
             print(text, end="", file=sys.stderr, flush=True)
 
 

@@ -12,10 +12,23 @@ import torch.distributed as dist
 
 from support.errors import UsageError
 
+NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
+TORCHRUN = (*NUMBERS, "MASTER_ADDR")
+
 
 def place():
-    """(rank, world): the number of this process, from 0, and how many there are."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """(rank, world): the number of this process, from 0, and how many there are.
+
+    An empty variable counts as none. Raises UsageError for half of torchrun's variables, as a cluster may
+    leave them.
+    """
+    found = {name: os.environ.get(name) or None for name in TORCHRUN}
+    if (found["WORLD_SIZE"] or "1") == "1":
+        return 0, 1
+    if None in found.values() or not all(found[name].isdecimal() for name in NUMBERS):
+        raise UsageError(f"the environment has WORLD_SIZE={found['WORLD_SIZE']}, but not what torchrun sets "
+                         f"({', '.join(TORCHRUN)}); start with torchrun, or unset WORLD_SIZE")
+    return int(found["RANK"]), int(found["WORLD_SIZE"])
 
 
 def several():

@@ -55,7 +55,7 @@ from support import command as command_line
 from support.data import cifar10, folder
 
 RUN = ("--log log.jsonl --limit 20 --batch-size 8 --epochs 4 --width 4 --timesteps 4 --dropout 0.1 "
-       "--flip yes --sample-every 1 --device cpu").split()  # fmt: skip
+       "--flip yes --sample-every 1 --precision fp32 --device cpu").split()  # fmt: skip
 RESUME = ["--resume", "ckpt.pt"]
 SAMPLING = ["--ckpt", "ckpt.pt", "--out", "a.png", "--n", "4"]
 STEPS = 10
@@ -674,7 +674,7 @@ def whole(path, flags):
     kind = path.suffix.lower()
     logs = [flag.removeprefix("--log=") for before, flag in zip(["", *flags], flags)
             if before == "--log" or flag.startswith("--log=")]  # fmt: skip
-    if path in map(pathlib.Path, logs) or kind == ".jsonl":
+    if os.path.realpath(path) in map(os.path.realpath, logs) or kind == ".jsonl":
         return all("loss" in json.loads(line) for line in path.read_text().splitlines())
     if kind == ".u8":
         return True

@@ -5,6 +5,7 @@ import http.client
 import pathlib
 import tarfile
 import tempfile
+import time
 import urllib.error
 import urllib.request
 
@@ -18,6 +19,7 @@ FOLDER = "cifar-10-batches-bin"
 CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 MD5 = "c32a1d4ab5d03f1284b67883e8d87530"  # published beside it
+ARCHIVE_BYTES, DEADLINE = 170_052_171, 4 * 3600  # of the download, in seconds
 BYTES = 10_000 * 3073  # of each file: a label and 3 x 32 x 32 pixels an image
 TRAINING, TEST = [f"data_batch_{i}.bin" for i in range(1, 6)], ["test_batch.bin"]
 
@@ -38,6 +40,9 @@ def load(data_dir, train):
             raise Failure(f"{folder / name}: {len(raw):,} bytes, not {BYTES:,}; damaged: "
                           f"delete {folder} and let it be downloaded again")
         rows.append(raw.reshape(-1, 3073))
+        if rows[-1][:, 0].max() > 9:
+            raise Failure(f"{folder / name}: a label is not one of 0 to 9; damaged: "
+                          f"delete {folder} and let it be downloaded again")
     rows = np.concatenate(rows)
     return rows[:, 1:].reshape(-1, 3, 32, 32), rows[:, 0]
 
@@ -60,15 +65,21 @@ def unpack(root):
 
 
 def download(url, path):
-    """Writes what `url` sends to `path`, if it is the published archive. Raises Failure otherwise."""
+    """Writes what `url` sends to `path`, if it is the published archive. Raises Failure otherwise.
+
+    Nothing that the server says is relied on: neither a length, nor that it ends, nor that it goes on.
+    """
     try:
-        with urllib.request.urlopen(url, timeout=30) as reply, replacing(path) as file:
-            total, done = int(reply.headers["Content-Length"] or 170_052_171), 0
-            progress = Progress(f"downloading {path.name}", total, "bytes")
-            while chunk := reply.read(1 << 20):
+        with (urllib.request.urlopen(url, timeout=30) as reply,
+              replacing(path, through_links=False) as file):
+            progress, done = Progress(f"downloading {path.name}", ARCHIVE_BYTES, "bytes"), 0
+            began = time.monotonic()
+            while done <= ARCHIVE_BYTES and (chunk := reply.read1(1 << 20)):
                 file.write(chunk)
                 done += len(chunk)
                 progress(done)
+                if time.monotonic() - began > DEADLINE:
+                    raise TimeoutError(f"{done:,} bytes came in {DEADLINE // 3600} hours")
             progress.close()
             file.seek(0)
             if hashlib.file_digest(file, "md5").hexdigest() != MD5:

@@ -1,10 +1,11 @@
 """A folder of images, decoded once into a cache that is mapped into memory and never copied whole.
 
-The cache is one file: the pixels of all images, uint8 (N, C, H, W), and then the number of each one's
-file, int32, in the order of all files. A broken file that --skip-broken leaves out has no number.
+The cache is one file: the pixels of all images, uint8 (N, C, H, W); the number of each one's file, int32,
+in the order of all files (a broken file that --skip-broken leaves out has no number); and a checksum of both.
 """
 
 import hashlib
+import math
 import os
 import pathlib
 
@@ -13,6 +14,8 @@ import numpy as np
 from support.data.decode import decode_all
 from support.errors import Failure, UsageError
 from support.files import replacing
+
+CHECKSUM = 32  # bytes, at the end of a cache
 
 
 def parse_size(text):
@@ -40,15 +43,17 @@ def load(folder, size, channels, cache_dir, skip_broken, labelled=False):
     if not files:
         raise Failure(f"--data {folder}: there are no images in it")
     state = stamps(files)
-    key = hashlib.sha256(repr((2, state, size, channels, skip_broken)).encode()).hexdigest()[:16]
+    key = hashlib.sha256(repr((3, state, size, channels, skip_broken)).encode()).hexdigest()[:16]
     cache = pathlib.Path(cache_dir) / f"{root.resolve().name}-{H}x{W}x{channels}-{key}.u8"
     whole = cached(cache, channels * H * W, len(files))
     if not len(whole):
         if labelled and not skip_broken:
             labels_of(root, files)  # refuses an image without a class before the work of decoding
         cache.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(cache) as out:
+        with replacing(cache, through_links=False) as out:
             decode_all(files, size, channels, out, skip_broken)
+            out.seek(0)
+            out.write(checksum(out))
             if stamps(sorted(visible_files(root))) != state:
                 raise Failure(f"--data {folder}: changed while it was read; start again when it is at rest")
         whole = cached(cache, channels * H * W, len(files))
@@ -58,12 +63,27 @@ def load(folder, size, channels, cache_dir, skip_broken, labelled=False):
 
 def cached(cache, pixels, count):
     """The numbers of the files, out of `count`, that a cache holds; none if it is missing or damaged."""
-    if not cache.is_file():
+    if cache.is_symlink() or not cache.is_file():
         return []
-    N, rest = divmod(os.path.getsize(cache), pixels + 4)
-    whole = np.fromfile(cache, np.int32, offset=N * pixels)
-    fits = rest == 0 and N > 0 and whole[0] >= 0 and whole[-1] < count and (np.diff(whole) > 0).all()
+    N, rest = divmod(os.path.getsize(cache) - CHECKSUM, pixels + 4)
+    if rest or not 0 < N <= count:
+        return []
+    with open(cache, "rb") as file:
+        sum_of_all = checksum(file, N * (pixels + 4))
+        if file.read() != sum_of_all:
+            return []
+    whole = np.fromfile(cache, np.int32, N, offset=N * pixels)
+    fits = whole[0] >= 0 and whole[-1] < count and (np.diff(whole) > 0).all()
     return whole if fits else []
+
+
+def checksum(file, length=None):
+    """SHA-256 of what follows in a file: of `length` bytes, or of all. It is left behind them."""
+    digest, left = hashlib.sha256(), math.inf if length is None else length
+    while left and (chunk := file.read(min(left, 1 << 20))):
+        digest.update(chunk)
+        left -= len(chunk)
+    return digest.digest()
 
 
 def labels_of(folder, files):

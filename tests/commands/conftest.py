@@ -13,7 +13,7 @@ from support import command
 def call(monkeypatch, capsys, tmp_path):
     """Runs a command inside this process, which saves its start: (exit status, output, errors)."""
     monkeypatch.chdir(tmp_path)
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {s: signal.getsignal(s) for s in signal.valid_signals()}
 
     def call(module, *flags):
         monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, flags)])
@@ -26,8 +26,9 @@ def call(monkeypatch, capsys, tmp_path):
         return status, *capsys.readouterr()
 
     yield call
-    for signum, handler in handlers.items():
-        signal.signal(signum, handler)
+    for number, handler in handlers.items():
+        if signal.getsignal(number) is not handler:
+            signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,12 @@
 """CIFAR-10: found, downloaded, checked, and refused."""
 
+import contextlib
 import http.server
 import pathlib
 import socket
 import tarfile
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -101,3 +103,49 @@ def test_cifar10_without_a_network_names_the_three_ways_out(call, monkeypatch):
     assert status == 1 and err.count("\n") == 1
     assert "connect" in err and "put http" in err and "--data-dir" in err
     assert not list(pathlib.Path("new").glob("*"))
+
+
+def test_cifar10_with_a_label_above_9_is_refused(cifar, call):
+    path = cifar / cifar10.FOLDER / "data_batch_3.bin"
+    raw = bytearray(path.read_bytes())
+    raw[3073] = 10
+    path.write_bytes(raw)
+    status, _, err = call(train, "--data", "cifar10", "--data-dir", cifar)
+    assert status == 1 and err.count("\n") == 1 and "data_batch_3.bin: a label is not one of 0 to 9" in err
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Says what it likes of a length, and sends one byte after another, without an end."""
+
+    length, pause = "abc", 0.0
+
+    def do_GET(self):
+        self.send_response(200)
+        if self.length:
+            self.send_header("Content-Length", self.length)
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            while True:
+                self.wfile.write(bytes(1000))
+                time.sleep(self.pause)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.mark.parametrize("length, pause, words", [
+    ("abc", 0, "which are not the published file"), ("-5", 0, "which are not the published file"),
+    ("9" * 30, 0, "which are not the published file"), (None, 0.01, "bytes came in"),
+])  # fmt: skip
+def test_a_download_has_a_limit_and_a_deadline_whatever_the_server_says(call, monkeypatch, length, pause,
+                                                                        words):  # fmt: skip
+    monkeypatch.setattr(cifar10, "ARCHIVE_BYTES", 100_000)
+    monkeypatch.setattr(cifar10, "DEADLINE", 0.2 if pause else 60)
+    handler = type("Handler", (Server,), dict(length=length, pause=pause))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        monkeypatch.setattr(cifar10, "URL", f"http://127.0.0.1:{httpd.server_port}/cifar-10-binary.tar.gz")
+        status, _, err = call(train, "--data", "cifar10", "--data-dir", "new")
+        httpd.shutdown()
+    assert status == 1 and err.count("\n") == 1 and words in err, err
+    assert not list(pathlib.Path("new").iterdir())

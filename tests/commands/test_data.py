@@ -1,10 +1,16 @@
 """Glyphs and folders of images: decoded, cached, labelled, and refused."""
 
+import errno
 import os
+import pathlib
+import subprocess
+import tracemalloc
+import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+import torch
+from PIL import Image, ImageCms
 from running import stripes
 
 import evaluate
@@ -25,6 +31,9 @@ def test_glyphs_are_the_same_for_the_same_seed_and_others_are_held_out():
     assert len(held_out) == 2000
     training = {image.tobytes() for image in data.load("glyphs", train=True).images.numpy()}
     assert not training & {image.tobytes() for image in held_out.numpy()}
+
+
+ONE_STEP = "--width 8 --timesteps 5 --device cpu --epochs 1 --sample-every 0".split()
 
 
 @pytest.fixture
@@ -176,3 +185,128 @@ def test_a_file_that_is_no_image_is_named_and_can_be_skipped(call, album):
     assert status == 1 and "half.png: cannot be read as an image" in err and "--skip-broken" in err
     status, out, err = call(train, *flags, "--skip-broken")
     assert status == 0 and "9 images" in out and "left out 2 of 11 files" in err
+
+
+# --- What makes an image broken, and what does not -----------------------------------------------
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EACCES, errno.ENOMEM, errno.ESTALE, errno.EIO])
+def test_a_machine_that_fails_to_read_a_file_stops_the_run_with_its_name(call, album, monkeypatch, number):
+    """Too many open files, no permission, no memory, a stale network share: no image is left out for it,
+    and nothing is cached."""
+    real = pathlib.Path.read_bytes
+
+    def fail(path):
+        if path.name == "wide.png":
+            raise OSError(number, os.strerror(number), str(path))
+        return real(path)
+
+    monkeypatch.setattr(pathlib.Path, "read_bytes", fail)
+    status, _, err = call(train, "--data", album, "--skip-broken", "--size", 8, *ONE_STEP)
+    assert status == 1 and err == f"train.py: error: {album}/wide.png: {os.strerror(number)}\n"
+    assert not list(pathlib.Path("data").iterdir())
+
+
+def test_a_memory_that_is_too_small_stops_the_run_with_the_files_name(call, album, monkeypatch):
+    def fail(*args):
+        raise MemoryError
+
+    monkeypatch.setattr(decode.ImageOps, "fit", fail)
+    status, _, err = call(train, "--data", album, "--skip-broken", "--size", 8, *ONE_STEP)
+    assert status == 1 and err.count("\n") == 1 and "the memory is too small to decode it" in err
+
+
+@pytest.mark.parametrize("content, words", [
+    (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n", "PostScript is a"),
+    (b"\0\0\0\x18ftypheic" + bytes(40), "package pillow-heif"),
+    (b"\xff\x0a" + bytes(40), "package pillow-jxl-plugin"),
+    (b"hello", "its format is not known"),
+    (b"", "its format is not known"),
+], ids=["EPS", "HEIC", "JPEG XL", "text", "empty"])  # fmt: skip
+def test_a_file_that_is_not_decoded_here_says_what_it_is(tmp_path, monkeypatch, content, words):
+    """No other program runs on it, whatever its name."""
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **how: pytest.fail("a program was started"))
+    (tmp_path / "holiday.jpg").write_bytes(content)
+    assert words in decode.decode(tmp_path / "holiday.jpg", (8, 8), 3)
+
+
+def grey(values, mode, tmp_path):
+    """The mean that decode() gives to a TIFF of these values."""
+    Image.fromarray(np.asarray(values, mode)).save(tmp_path / "a.tiff")
+    got = decode.decode(tmp_path / "a.tiff", (8, 8), 1)
+    return np.frombuffer(got, np.uint8).mean() if isinstance(got, bytes) else got
+
+
+def test_a_value_means_the_same_in_every_image(tmp_path):
+    """Floats go from 0 to 1, with or without a pixel of 1.02; 16 bits go to 65535. What has no known range
+    is refused in words."""
+    half = np.full((8, 8), 0.5, np.float32)
+    over = half.copy()
+    over[3, 3] = 1.02
+    assert grey(half, np.float32, tmp_path) == 128 and abs(grey(over, np.float32, tmp_path) - 130) < 1
+    assert abs(grey(np.full((8, 8), 32768), np.uint16, tmp_path) - 128) <= 1
+    assert "its floats go from 0.5 to 127.5, and 0 to 1 is expected" in grey(half * np.linspace(1, 255, 8),
+                                                                            np.float32, tmp_path)  # fmt: skip
+    assert "32-bit integers have no known range" in grey(np.full((8, 8), 9), np.int32, tmp_path)
+
+
+def test_a_colour_profile_is_applied_before_the_image_is_scaled(tmp_path):
+    """With a profile that exchanges red and blue, the image has them exchanged; one that is no profile
+    changes nothing."""
+    wide = swapped_profile()
+    image = Image.new("RGB", (20, 20), (250, 100, 0))
+    for profile, want in ((None, (250, 100, 0)), (wide, (0, 100, 250)), (b"no profile", (250, 100, 0))):
+        image.save(tmp_path / "a.png", icc_profile=profile)
+        got = np.frombuffer(decode.decode(tmp_path / "a.png", (4, 4), 3), np.uint8).reshape(3, 16)[:, 0]
+        assert abs(got.astype(int) - want).max() <= 2, (profile and len(profile), got)
+
+
+def swapped_profile():
+    """sRGB's profile in which red and blue have changed places: the tags rXYZ and bXYZ."""
+    data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    count = int.from_bytes(data[128:132], "big")
+    tags = {bytes(data[i : i + 4]): i for i in range(132, 132 + 12 * count, 12)}
+    for a, b in ((b"rXYZ", b"bXYZ"), (b"rTRC", b"bTRC")):
+        i, j = tags[a] + 4, tags[b] + 4
+        data[i : i + 8], data[j : j + 8] = data[j : j + 8], data[i : i + 8]
+    return bytes(data)
+
+
+@pytest.mark.parametrize("damage", [
+    lambda cache, one: cache[:one] + cache[2 * one : 2 * one + 4] + cache[-32:],  # to its first image
+    lambda cache, one: cache[: one - 1] + bytes([cache[one - 1] ^ 1]) + cache[one:],
+    lambda cache, one: cache[:-1],
+    lambda cache, one: b"",
+], ids=["shortened", "flipped", "cut", "emptied"])  # fmt: skip
+def test_a_cache_that_is_not_what_was_written_is_decoded_again(tmp_path, damage):
+    (tmp_path / "two").mkdir()
+    for i in range(2):
+        Image.new("L", (8, 8), 10 + i).save(tmp_path / "two" / f"{i}.png")
+    load = lambda: folder.load(tmp_path / "two", (8, 8), 1, tmp_path / "cache", False)[0]  # noqa: E731
+    want = np.array(load())
+    [cache] = (tmp_path / "cache").iterdir()
+    cache.write_bytes(damage(cache.read_bytes(), 64))
+    assert np.array_equal(load(), want)
+
+
+def test_a_cache_is_not_written_through_a_link(tmp_path):
+    (tmp_path / "one").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "one" / "a.png")
+    folder.load(tmp_path / "one", (8, 8), 1, tmp_path / "cache", False)
+    [cache] = (tmp_path / "cache").iterdir()
+    (tmp_path / "precious").write_bytes(cache.read_bytes()[:-1])
+    cache.unlink()
+    cache.symlink_to(tmp_path / "precious")
+    folder.load(tmp_path / "one", (8, 8), 1, tmp_path / "cache", False)
+    assert not cache.is_symlink() and len((tmp_path / "precious").read_bytes()) == cache.stat().st_size - 1
+
+
+def test_a_fingerprint_takes_no_copy_of_the_images():
+    """It is that of all their bytes, computed an image at a time."""
+    images = torch.arange(40 * 3 * 64 * 64, dtype=torch.int64).to(torch.uint8).reshape(40, 3, 64, 64)
+    tracemalloc.start()
+    got = data.fingerprint(data.Data(images, torch.arange(40), []))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert got == zlib.crc32(torch.arange(40).numpy().tobytes(), zlib.crc32(images.numpy().tobytes()))
+    assert peak < images.nbytes / 10, f"{peak:,} bytes"

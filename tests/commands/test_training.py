@@ -143,7 +143,7 @@ def test_two_processes_make_the_same_run_as_one(call, tmp_path):
     (a, one, _), (b, two, _) = (checkpoint.load_model(tmp_path / name) for name in ("one.pt", "two.pt"))
     assert a["step"] == b["step"] == 8
     x, t = torch.randn(4, *a["shape"]), torch.tensor([1, 5, 10, 20])
-    close("eps of both networks", two(x, t), one(x, t), 1e-2, 1.0)  # another seed: 0.5
+    close("eps of both networks", two(x, t), one(x, t), 1e-3, 1.0)
 
 
 @pytest.mark.parametrize("asked, taken", [("auto", "cuda:1"), ("cuda", "cuda:1"), ("cpu", "cpu")])
@@ -152,7 +152,8 @@ def test_each_process_of_torchrun_takes_its_own_gpu(call, monkeypatch, asked, ta
     def pick(name):
         raise Failure(f"takes {name}.")
 
-    for name, value in (("WORLD_SIZE", "2"), ("RANK", "1"), ("LOCAL_RANK", "1")):
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "1"), ("LOCAL_RANK", "1"), ("MASTER_PORT", "29500"),
+                        ("MASTER_ADDR", "localhost")):  # fmt: skip
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(devices, "pick_device", pick)
