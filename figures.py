@@ -32,7 +32,7 @@ from support import data, devices, sampling
 from support.checkpoint import learned, load_model
 from support.command import flag, run
 from support.errors import Failure, UsageError
-from support.files import replacing, writable
+from support.files import replacing, takes_files
 from support.pictures import cell, to_uint8
 from support.plots import Axis, heat, joined, lines, sheet, span
 from support.progress import Progress
@@ -68,7 +68,7 @@ def main(cfg, given):
         raise UsageError("; ".join(f"--only {name}: needs {why}" for name, why in reasons.items()))
     out = pathlib.Path(cfg.out)
     out.mkdir(exist_ok=True)
-    writable(out / "new")
+    takes_files(out / "new", cfg.out)
     for name in names:
         if name not in reasons:
             picture = FIGURES[name](scene)

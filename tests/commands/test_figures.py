@@ -234,7 +234,7 @@ def test_a_log_that_is_none_is_named(text, call, tmp_path):
 
 
 def test_the_held_out_loss_of_a_log_is_a_curve_of_its_own(call, tmp_path):
-    lines = [dict(epoch=i / 2, loss=1 / (i + 1)) for i in range(6)]
+    lines = [dict(epoch=(i + 1) / 2, loss=1 / (i + 1)) for i in range(6)]
     for held_out in (False, True):
         lines[2].update(dict(held_out=0.4) if held_out else {})
         lines[5].update(dict(held_out=0.3) if held_out else {})
