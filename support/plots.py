@@ -95,7 +95,8 @@ def pixel(x, y, xs, ys, size):
 def lines(x, y, series, title="", size=(400, 320), dots=False, wide=0):
     """A chart of {name: (xs, ys)} as lines, or as dots, with a legend if there are several names.
 
-    wide: so many pixels wider is each line than the next, drawn on it: lines that coincide are all seen.
+    wide: each line is so many pixels wider than the next, which lies on top of it. So lines that coincide
+    are all seen.
     """
     picture, pen = blank(size)
     axes(pen, x, y, title, size)
