@@ -35,7 +35,7 @@ from support.errors import Failure, UsageError
 from support.files import replacing, takes_files
 from support.pictures import cell, to_uint8
 from support.plots import Axis, heat, joined, lines, sheet, span
-from support.progress import Progress
+from support.progress import Progress, say
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,9 @@ def main(cfg, given):
             picture = FIGURES[name](scene)
             with replacing(out / f"{name}.png") as file:
                 picture.save(file, "PNG", optimize=True)
-            print(f"{out / name}.png: {FIGURES[name].__doc__.splitlines()[0]}", flush=True)
+            say(f"{out / name}.png: {FIGURES[name].__doc__.splitlines()[0]}")
     for name, why in reasons.items():
-        print(f"not drawn: {name}, which needs {why}")
+        say(f"not drawn: {name}, which needs {why}")
 
 
 def lacking(name, scene):
