@@ -15,7 +15,7 @@ from support.command import flag
 from support.errors import Failure, UsageError
 from support.progress import Progress, say
 
-FRAMES = 48  # of a film, about
+FRAMES = 24  # of a film, about
 
 
 @dataclass(frozen=True)

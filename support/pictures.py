@@ -9,7 +9,7 @@ import pathlib
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from support.errors import Failure, UsageError
 from support.files import replacing, replacing_folder, takes_files, writable
@@ -24,10 +24,10 @@ def to_uint8(x):
     return x.permute(0, 2, 3, 1).cpu().numpy()
 
 
-def grid(images, rows):
-    """uint8 (N, H, W, C) -> one Pillow image of so many rows."""
+def grid(images, rows, side=64):
+    """uint8 (N, H, W, C) -> one Pillow image of so many rows, each enlarged to `side` pixels at most."""
     n, H, W, C = images.shape
-    (H, W), scale = cell(H, W)
+    (H, W), scale = cell(H, W, side)
     images = images.repeat(scale, axis=1).repeat(scale, axis=2)
     sheet = np.full((rows * H + GAP, -(-n // rows) * W + GAP, C), 255, np.uint8)
     for i, image in enumerate(images):
@@ -36,10 +36,15 @@ def grid(images, rows):
     return to_picture(sheet)
 
 
-def cell(H, W):
+def cell(H, W, side=64):
     """(height, width) that an image takes in a grid, and the factor by which it is enlarged."""
-    scale = max(1, 64 // max(H, W))
+    scale = max(1, side // max(H, W))
     return (H * scale + GAP, W * scale + GAP), scale
+
+
+def film_side(n):
+    """Pixels to which each of n images of a film is enlarged; of many, fewer: 80 digits take a megabyte."""
+    return 64 if n <= 32 else 32
 
 
 def to_picture(image):
@@ -75,7 +80,7 @@ def where(out):
 
 def refuse_too_large(kind, shape, n, rows):
     """Raises UsageError if n images (C, H, W) in so many rows are more than the format can hold."""
-    tall, wide = cell(*shape[1:])[0]
+    tall, wide = cell(*shape[1:], film_side(n))[0]
     if kind in SIDES and max(-(-n // rows) * wide, rows * tall) > SIDES[kind]:
         raise UsageError(f"--n {n}: too many for one {kind} picture; ask for fewer, or for a .png")
 
@@ -94,6 +99,8 @@ def write(out, kind, images, labels, rows, film):
         elif kind == ".png":
             grid(images, rows).save(file, "PNG")
         else:
-            first, *others = [grid(frame, rows) for frame in film]
+            # Noise hardly compresses, so that all frames but the last have only 32 levels.
+            *moving, last = [grid(frame, rows, film_side(len(images))) for frame in film]
+            first, *others = [*(ImageOps.posterize(frame, 5) for frame in moving), last]
             first.save(file, kind[1:].upper(), save_all=True, loop=0, append_images=others,
-                       duration=[60] * len(others) + [2000])  # milliseconds: the last frame stays
+                       duration=[80] * len(others) + [2000])  # milliseconds: the last frame stays

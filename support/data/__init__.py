@@ -1,11 +1,13 @@
 """Each kind of data as uint8 images, labels and names of classes. load() is the way in."""
 
+import os
 import zlib
 from typing import NamedTuple
 
 import torch
 
 from support.data import cifar10, folder, glyphs
+from support.errors import Failure, UsageError
 
 
 class Data(NamedTuple):
@@ -43,6 +45,29 @@ def load(name, train, data_dir="data", size=None, channels=None, skip_broken=Fal
     if not labels:
         return Data(images, None, [])
     return Data(images, torch.from_numpy(numbers)[:limit].long(), classes)
+
+
+def held_out(ckpt, name=None, data_dir="data", skip_broken=False, limit=None):
+    """Images held out from a checkpoint's data, or those called `name`, as its network takes them.
+
+    Their labels are the network's numbers of its classes, or None if it knows none. Raises Failure for a
+    class that the network does not know, UsageError for images of another shape.
+    """
+    own, (C, H, W) = ckpt.get("config", {}).get("data"), ckpt["shape"]  # converted weights have no data
+    name = os.path.abspath(name) if name and is_folder(name) else name or own
+    if not name:
+        raise UsageError("--data: this checkpoint does not say what it was trained on; name images")
+    labelled = bool(ckpt["classes"])
+    images, labels, classes = load(name, False, data_dir, (H, W), C, skip_broken, labelled, limit)
+    if tuple(images.shape[1:]) != (C, H, W):
+        raise UsageError(f"--data {name}: images of {tuple(images.shape[1:])}, but a network for {(C, H, W)}")
+    if not ckpt["classes"]:  # glyphs always bring labels; this network was trained without
+        return Data(images, None, [])
+    if unknown := sorted(set(classes) - set(ckpt["classes"])):
+        raise Failure(f"--data {name}: the network knows no class {unknown[0]}, but those of {own}")
+    if labels is not None:  # classes have numbers of their own in each folder
+        labels = torch.tensor([ckpt["classes"].index(known) for known in classes])[labels]
+    return Data(images, labels, ckpt["classes"])
 
 
 def fingerprint(data):

@@ -115,7 +115,7 @@ def test_the_maps_have_nine_and_five_sections_twelve_and_six_equations():
     assert [sum(source == one for _, source in EQUATIONS) for one in MAPS] == [12, 6], EQUATIONS
 
 
-COMMANDS = [ROOT / f"{name}.py" for name in ("train", "sample", "evaluate", "convert")]
+COMMANDS = [ROOT / f"{name}.py" for name in ("train", "sample", "evaluate", "figures", "convert")]
 ROOMS = sorted((ROOT / "support").rglob("*.py"))
 each_room = pytest.mark.parametrize("path", COMMANDS + ROOMS, ids=lambda path: str(path.relative_to(ROOT)))
 

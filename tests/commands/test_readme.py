@@ -12,6 +12,7 @@ from mutants import CATALOGUE
 from running import ROOT, stripes
 
 import evaluate
+import figures
 import sample
 import train
 from support import command as command_line
@@ -30,6 +31,7 @@ SHORT = {
     "train.py": "--epochs 1 --limit 32 --batch-size 8 --width 8 --timesteps 5 --sample-every 0",
     "sample.py": "--n 3 --steps 2",
     "evaluate.py": "--n 2",
+    "figures.py": "--n 2 --out figures",
     "-m pytest": "--collect-only -q tests/specification/test_1_schedules.py",
     "tests/mutants.py": "t = 1 is never drawn",
     "tests/mutate.py": None,  # these take minutes, whatever is added; .ci/run runs two of them
@@ -77,10 +79,12 @@ def test_every_command_of_the_pages_runs(command, call, tmp_path):
         for i in range(3):
             stripes(40 + i, 50).save(tmp_path / "path" / "to" / "images" / f"{i}.png")
         if script != "train.py" or "--resume" in words:
-            assert call(train, *SHORT["train.py"].split())[0] == 0
+            ckpt = words[words.index("--ckpt") + 1] if "--ckpt" in words else "ckpt.pt"
+            assert call(train, *SHORT["train.py"].split(), "--out", ckpt, "--log", "log.jsonl")[0] == 0
             epochs = ["--epochs", 2, "--sample-every", 0]
         short = epochs if "--resume" in words else SHORT[script].split()
-        module = {"train.py": train, "sample.py": sample, "evaluate.py": evaluate}[script]
+        module = {"train.py": train, "sample.py": sample, "evaluate.py": evaluate,
+                  "figures.py": figures}[script]  # fmt: skip
         status, _, err = call(module, *words[1:], *short)
         assert status == 0, err
 

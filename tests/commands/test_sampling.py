@@ -1,5 +1,7 @@
 """sample.py: samplers, classes, seeds, and the files that it writes."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -108,6 +110,19 @@ def test_sample_writes_animations_arrays_and_folders(call, trained, ckpt, tmp_pa
     else:
         film = Image.open(out)
         assert film.n_frames == 4
+
+
+def test_a_film_is_small_enough_to_send_and_ends_with_the_images_themselves(call, ckpt):
+    """A hardly trained network's frames are noise, which no format compresses: of 80 images the film takes
+    less than a megabyte all the same. Its last frame is the grid that a .png shows, in all 256 levels."""
+    flags = ["--ckpt", ckpt, "--steps", 20, "--eta", 1]
+    for out, n in ("many.gif", 80), ("few.gif", 6), ("few.png", 6):
+        assert call(sample, *flags, "--out", out, "--n", n)[0] == 0
+    assert os.path.getsize("many.gif") < 1e6
+    film = Image.open("few.gif")
+    film.seek(film.n_frames - 1)
+    assert film.n_frames == 20
+    assert np.array_equal(film.convert("L"), Image.open("few.png"))
 
 
 def test_a_folder_of_samples_is_there_whole_or_not_at_all(call, ckpt, tmp_path, monkeypatch):

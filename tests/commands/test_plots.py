@@ -1,0 +1,139 @@
+"""Charts show what they are given: each point, line and colour lies where the axes say that it does."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from support import plots
+from support.plots import Axis
+
+SIZE = (420, 330)
+LINEAR, LOG = Axis("x", -2, 6), Axis("x", 0.1, 1000, log=True)
+NEAR = 0.5  # pixels: drawing rounds to a third of a pixel, and so does each end of what is drawn
+
+
+def coloured(picture):
+    """Rows and columns, counted at their centres, and strength of what is drawn in the first colour."""
+    off = 255 - np.asarray(picture, float)
+    blue = (off[:, :, 0] - off[:, :, 2]).clip(0)  # ink, grey and white have none
+    rows, columns = np.nonzero(blue)
+    return rows + 0.5, columns + 0.5, blue[rows, columns]
+
+
+def centre(picture):
+    """(x, y) of what is drawn in colour, in pixels."""
+    rows, columns, strength = coloured(picture)
+    return np.array([columns @ strength, rows @ strength]) / strength.sum()
+
+
+def dot(x, y, at):
+    """The centre of the one dot of a chart, in pixels."""
+    return centre(plots.lines(x, y, {"dot": ([at[0]], [at[1]])}, size=SIZE, dots=True))
+
+
+@pytest.mark.parametrize("axis", [LINEAR, LOG], ids=["linear", "log"])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.83])
+def test_a_dot_is_drawn_where_pixel_says(axis, share):
+    _, low, high, log = axis
+    value = low * (high / low) ** share if log else low + share * (high - low)
+    want = np.array(plots.pixel(axis, axis, value, value, SIZE))
+    got = dot(axis, axis, (value, value))
+    assert np.abs(got - want).max() < NEAR, f"drawn at {got}, pixel says {want}"
+
+
+def test_equal_steps_are_equal_lengths_and_on_a_log_axis_equal_ratios_are():
+    """Measured in the picture alone: of three dots the second is midway, and up is up."""
+    for axis, values in (LINEAR, (-1, 2, 5)), (LOG, (1, 10, 100)):
+        first, middle, last = (dot(axis, axis, (value, value)) for value in values)
+        assert np.abs((first + last) / 2 - middle).max() < NEAR
+        assert first[0] < last[0] and first[1] > last[1]
+
+
+def test_a_tick_is_drawn_at_its_value():
+    """The grid's line of the value 2 runs through the column of a dot at 2."""
+    picture = np.asarray(plots.lines(LINEAR, LINEAR, {"dot": ([2], [2])}, size=SIZE, dots=True), float).sum(2)
+    column, row = (int(at) for at in dot(LINEAR, LINEAR, (2, 2)))
+    above = picture[plots.TOP + 5 : row - 10, column - 3 : column + 4].mean(0)
+    assert above.argmin() == 3, f"darkest {above.argmin() - 3} pixels beside the dot"
+
+
+def test_the_ticks_of_an_axis_are_round_and_inside_it():
+    assert plots.ticks(Axis("", 0, 1000)) == [0, 200, 400, 600, 800, 1000]
+    assert np.allclose(plots.ticks(Axis("", -0.03, 0.31)), [0, 0.1, 0.2, 0.3])
+    assert plots.ticks(Axis("", 0.02, 0.5, log=True)) == [0.02, 0.05, 0.1, 0.2, 0.5]
+    assert plots.ticks(Axis("", 1e-6, 1, log=True)) == [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1]
+
+
+def test_an_axis_that_spans_values_holds_them_all_and_little_more():
+    rng = np.random.default_rng(0)
+    for log in (False, True):
+        values = [10 ** rng.uniform(-4, 1, 5), 10 ** rng.uniform(-4, 1, 7)]
+        _, low, high, _ = plots.span("", values, log)
+        least, most = min(v.min() for v in values), max(v.max() for v in values)
+        assert low <= least and most <= high
+        assert (low >= least / 2.5 and high <= most * 2.5) if log else high - low <= 1.6 * (most - least)
+
+
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("value", [0.5, 0.37, 20])
+def test_an_axis_that_spans_one_value_has_two_ends(value, log):
+    _, low, high, _ = plots.span("", [[value]], log)
+    assert low <= value <= high and low < high
+
+
+def test_a_line_passes_through_its_points_and_stays_inside_the_axes():
+    """From far outside to far outside: what is drawn ends at the axes, and lies on the straight line."""
+    picture = plots.lines(LINEAR, LINEAR, {"line": ([-10, 14], [-10, 14])}, size=SIZE)
+    rows, columns, strength = coloured(picture)
+    assert columns.min() > plots.LEFT - 1 and columns.max() < SIZE[0] - plots.RIGHT + 1
+    assert rows.min() > plots.TOP - 1 and rows.max() < SIZE[1] - plots.BOTTOM + 1
+    left, bottom = plots.pixel(LINEAR, LINEAR, -2, -2, SIZE)
+    right, top = plots.pixel(LINEAR, LINEAR, 6, 6, SIZE)
+    off = (columns - left) / (right - left) - (bottom - rows) / (bottom - top)
+    assert abs(off @ strength / strength.sum()) * (right - left) < 2 * NEAR  # one across, one down
+
+
+def test_a_value_that_has_no_logarithm_is_left_out():
+    picture = plots.lines(LOG, LOG, {"dots": ([0, -1, 10, np.nan], [1, 1, 10, 1])}, size=SIZE, dots=True)
+    assert np.array_equal(picture, plots.lines(LOG, LOG, {"dots": ([10], [10])}, size=SIZE, dots=True))
+
+
+def test_a_heat_map_has_the_colour_of_each_value_at_its_place_row_0_at_the_top():
+    values = np.linspace(-1, 1, 12).reshape(3, 4)
+    x, y = Axis("column", 0, 4), Axis("row", 0, 3)
+    picture = np.asarray(plots.heat(x, y, values, size=SIZE))
+    for i in range(3):
+        for j in range(4):
+            across, down = plots.pixel(x, Axis("row", 3, 0), j + 0.5, i + 0.5, SIZE)
+            assert np.array_equal(picture[int(down), int(across)], plots.diverging(values[i, j])), (i, j)
+    cold, hot = plots.COLOURS[:2]
+    assert np.array_equal(plots.diverging(np.array([-1.0, 0, 1])), [cold, (255, 255, 255), hot])
+
+
+def test_colours_differ_in_lightness_or_blueness_so_that_a_reader_who_confuses_red_and_green_can_tell_them():
+    """Red and green add up to what such a reader has left of them; each pair differs there or in blue."""
+    seen = [np.array([(r + g) / 2, b]) for r, g, b in plots.COLOURS[:4]]
+    distances = [np.linalg.norm(one - other) for i, one in enumerate(seen) for other in seen[:i]]
+    assert min(distances) > 30, distances
+
+
+def test_a_sheet_shows_each_image_unchanged_enlarged_by_a_whole_factor():
+    """Found again in the picture, at its row and column, every pixel a square of equal ones."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (4, 16, 16, 1), dtype=np.uint8)
+    rows = [list(images[:3]), list(images[3:])]
+    picture = plots.sheet(rows, ["a", "b", "c"], ["first", "second"])
+    sheet, size, gap = np.asarray(picture.convert("L")), 64, 4
+    left, top = picture.width - 3 * (size + gap), picture.height - 2 * (size + gap)
+    for i, row in enumerate(rows):
+        for j, image in enumerate(row):
+            cell = sheet[top + i * (size + gap) :, left + j * (size + gap) :][:size, :size]
+            assert np.array_equal(cell, np.kron(image[:, :, 0], np.ones((4, 4)))), (i, j)
+
+
+def test_joined_pictures_stand_side_by_side_or_one_below_the_other():
+    red, blue = Image.new("RGB", (20, 10), "red"), Image.new("RGB", (30, 40), "blue")
+    beside, below = plots.joined([red, blue]), plots.joined([red, blue], down=True)
+    assert beside.size == (50, 40) and below.size == (30, 50)
+    assert beside.getpixel((19, 9)) == below.getpixel((19, 9)) == (255, 0, 0)
+    assert beside.getpixel((20, 39)) == below.getpixel((29, 10)) == (0, 0, 255)
