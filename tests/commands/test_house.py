@@ -31,9 +31,9 @@ def definitions(source):
             yield from ((f"{node.name}.{m.name}", m) for m in node.body if isinstance(m, ast.FunctionDef))
 
 
-@pytest.mark.parametrize("source, limit", [(SOURCE, 340), (IMPROVED, 130)], ids=["ddpm.py", "improved.py"])
+@pytest.mark.parametrize("source, limit", [(SOURCE, 340), (IMPROVED, 140)], ids=["ddpm.py", "improved.py"])
 def test_a_file_is_read_in_a_sitting(source, limit):
-    """At most 340 lines of at most 100 columns, and 130 more, comments and docstrings counted."""
+    """At most 340 lines of at most 100 columns, and 140 more, comments and docstrings counted."""
     lines = source.splitlines()
     assert len(lines) <= limit, f"{len(lines)} lines"
     assert not [i for i, line in enumerate(lines, 1) if len(line) > 100]

@@ -15,7 +15,7 @@ import pytest
 TESTS = str(pathlib.Path(__file__).resolve().parent / "test_")
 
 NAMES = {"ddpm": {
-    "linear_schedule", "cosine_schedule", "exponential_schedule", "at", "Diffusion",
+    "linear_schedule", "cosine_schedule", "exponential_schedule", "require", "alike", "at", "Diffusion",
     "Diffusion.q_sample", "Diffusion.posterior_mean", "Diffusion.x0_from_eps",
     "Diffusion.eps_from_x0", "Diffusion.p_mean", "loss_simple", "noise_like", "same_t",
     "sample_ancestral", "ddim_grid", "sample_ddim", "normal_kl", "discretized_log_likelihood",
@@ -25,7 +25,8 @@ NAMES = {"ddpm": {
     "lowest", "variance", "halves", "eps_only", "bound_term", "loss_hybrid", "strided", "sample_ancestral",
     "bound_terms", "drop_labels", "guided",
 }}  # fmt: skip
-PARTS = {"at", "same_t", "init", "conv", "norm", "Stack", "lowest", "halves"}  # judged in those that use them
+# judged in those that use them
+PARTS = {"require", "alike", "at", "same_t", "init", "conv", "norm", "Stack", "lowest", "halves"}
 TABLES = {f"Diffusion.{table}" for table in ("T", "beta", "alpha", "alpha_bar", "beta_tilde")}
 MAP = "weights_by_role"  # what a file may have besides: see weights.py
 
