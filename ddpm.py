@@ -72,7 +72,7 @@ class Diffusion:
     """The process that beta[0..T] defines, as tables[0..T] in float64: beta, alpha, alpha_bar, and
     beta_tilde (nan at 0: there is no such step). x0, xt and eps are (B, ...) of one shape."""
     def __init__(self, beta):
-        beta = torch.as_tensor(beta, dtype=torch.float64, device="cpu")
+        beta = torch.as_tensor(beta, dtype=torch.float64, device="cpu").clone()
         require(beta.ndim == 1 and len(beta) > 1 and beta[0] == 0, "need beta[0..T], beta[0] = 0")
         require(((0 < beta[1:]) & (beta[1:] < 1)).all(), "need each beta_1 .. beta_T inside (0, 1)")
         self.T, self.beta, self.alpha = len(beta) - 1, beta, 1 - beta
@@ -197,7 +197,7 @@ def bound_terms(model, d, x0, variances, clip=True, generator=None):
     x0 (B, ...) on the 256 levels. variances: K tables of sigma2, judged on the same draws. Returns
     (K, B, T + 1): L_0, which is the decoder (eq. 13), .., L_{T-1}, L_T. Their sum is the bound."""
     k = (x0 + 1) * 127.5
-    require(x0.abs().max() <= 1 and (k - k.round()).abs().max() < 0.01, "x0 is not on the levels")
+    require(((x0.abs() <= 1) & ((k - k.round()).abs() < 0.01)).all(), "x0 is off the 256 levels")
     require(all(v.shape == d.beta.shape for v in variances), "need tables [0..T], such as [d.beta]")
     terms = torch.empty(len(variances), len(x0), d.T + 1, dtype=torch.float64, device="cpu")
     for t in range(1, d.T + 1):

@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 
 import pytest
 from running import ROOT
@@ -58,6 +60,20 @@ def test_improved_changes_nothing_in_ddpm():
         if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "ddpm":
             assert isinstance(node.ctx, ast.Load) and not node.attr.startswith("_"), ast.unparse(node)
     assert "setattr" not in IMPROVED
+
+
+@both
+def test_nothing_is_refused_by_an_assert(source):
+    """It would be gone under python -O."""
+    assert not [node.lineno for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Assert)]
+
+
+def test_every_refusal_stands_under_python_O():
+    """One process, in which assert does nothing, tries the specification's refusals."""
+    tests = ROOT / "tests" / "specification" / "test_refusals.py"
+    command = [sys.executable, "-O", "-m", "pytest", "-q", tests]  # slow once, while Python compiles torch
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=300)
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
 
 
 @both

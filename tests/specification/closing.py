@@ -16,6 +16,8 @@ BUILDS_ON = {
     "bound": ("forward", "posterior", "parametrisation"), "network": (),
     "single_step": ("forward", "posterior", "parametrisation", "ancestral", "ddim", "bound"),
     "improved": ("forward", "posterior", "parametrisation", "ancestral", "bound"),
+    "gradients": ("forward", "posterior", "parametrisation", "bound", "improved"), "randomness": (),
+    "contract": (), "refusals": (),
 }  # fmt: skip
 
 

@@ -24,7 +24,7 @@ in_float64 = pytest.mark.in_float64  # not asked of a float32 implementation
 EPS = np.finfo(np.float64).eps
 EPS32 = np.finfo(np.float32).eps
 
-ALPHA = 5e-7  # false-alarm rate of each statistical assertion, two-sided: 1e-4 for all 200
+ALPHA = 5e-7  # false-alarm rate of each statistical assertion, two-sided: 3e-4 for all 500
 Z = stats.norm.isf(ALPHA / 2)  # 5.03 standard errors
 
 

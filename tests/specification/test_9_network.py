@@ -300,3 +300,40 @@ def test_appB_defaults_are_the_cifar10_network():
     assert seen == [256, 256, 16, 256, 256, 256]
 
 
+
+
+def reaching_dropout(net, monkeypatch, *given):
+    """The output of a network in training in which dropout lets everything pass, and what came to it."""
+    seen = []
+    monkeypatch.setattr(torch.nn.functional, "dropout",
+                        lambda x, p=0.5, training=True, inplace=False: seen.append((x, p)) or x)  # fmt: skip
+    out = net.train()(*given)
+    monkeypatch.undo()
+    return out, seen
+
+
+def test_dropout_acts_once_in_each_residual_block_and_nowhere_else(monkeypatch):
+    """Not on images, skips, embedding, attention or the last layer: as many dropouts as residual blocks, each
+    of a whole batch of feature maps; and where they let everything pass, training is as eval."""
+    net, x, t = unet(dropout=0.3, blocks=2), images(2, 3, 8, 8), torch.tensor([2, 9])
+    want = net(x, t)
+    out, seen = reaching_dropout(net, monkeypatch, x, t)
+    assert len(seen) == len(ref.residual_table(SMALL["ch"], SMALL["mult"], 2))
+    assert all(h.ndim == 4 and len(h) == 2 and p == 0.3 for h, p in seen)
+    same("output without dropping", out, want)
+
+
+def test_dropout_of_everything_leaves_a_residual_block_its_shortcut():
+    """What is dropped is all of the branch and nothing of x: with dropout 1, the output is x and a bias."""
+    block = random_(ddpm.ResBlock(8, 8, 16, 1.0, 4)).train()
+    x, emb = images(2, 8, 3, 5), images(2, 16)
+    branch = (block(x, emb) - x).detach()
+    close("branch", branch, branch.mean((0, 2, 3), keepdim=True), 1e-12, 10.0)
+
+
+def test_labels_are_told_apart_from_the_start():
+    """No row of their table is zero, or like another: each of three labels, and none, has its own output."""
+    net, x, t = ddpm.UNet(**SMALL, num_classes=3).double(), images(1, 3, 8, 8), torch.tensor([5])
+    outputs = [net(x, t, torch.tensor([y])) for y in range(4)]
+    for i, one in enumerate(outputs):
+        assert not any(torch.equal(one, other) for other in outputs[:i]), f"label {i} is as one before it"

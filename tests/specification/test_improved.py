@@ -438,6 +438,18 @@ def test_sampling_with_v_0_or_1_is_algorithm2_with_beta_tilde_or_beta(case):
         close(f"x0 with v = {v:g}", got, fixed, 64 * (tolerance(case) + 32 * EPS), 1.0)
 
 
+@pytest.mark.parametrize("v", [-1.0, 2.0])
+def test_sampling_and_bound_take_v_as_it_is_outside_0_1_too(v):
+    """eq. 15 as printed cuts it nowhere: they are Algorithm 2 and eq. 5 with its table of variances."""
+    d, xT, x0 = ddpm.Diffusion(BRUTAL), normal(3, 2), torch.from_numpy(level(np.array([[3, 99], [200, 255]])))
+    sigma2 = f64(0, *(float(ref.learned_variance(BRUTAL, t, v)) for t in range(1, 5)))
+    model = joined(lambda xt, t: torch.tanh(xt), v)
+    fixed = ddpm.sample_ancestral(lambda xt, t: torch.tanh(xt), d, xT, sigma2, generator=generator())
+    close("x0", improved.sample_ancestral(model, d, xT, generator=generator()), fixed, 1e-12, 10.0)
+    fixed, learned = improved.bound_terms(model, d, x0, [sigma2], generator=generator())
+    close("L_1 .. L_T", learned[:, 1:], fixed[:, 1:], 1e-12, 1 + fixed[:, 1:].abs())
+
+
 @pytest.mark.parametrize("grid", [[1, 2, 3, 4], [1, 3, 4], [2, 4], [4]], ids=str)
 def test_sampling_with_the_exact_variance_ends_as_predicted_on_any_grid(grid):
     """Exact eps of N(0.5, 0.25), and Var(x_s | x_t) of the grid's own jumps."""
@@ -730,6 +742,15 @@ def test_cfg_eq6_guides_eps_and_leaves_the_learned_variance_of_the_class():
     got = improved.guided(with_v, y, NONE, 2.0)(xt, t)
     same("eps", got[:, :1], improved.guided(without, y, NONE, 2.0)(xt, t))
     same("v", got[:, 1], f64(0.7, 0.2))
+
+
+@pytest.mark.parametrize("variances", [False, True], ids=["eps", "eps and v"])
+def test_cfg_eq6_guides_every_channel_of_eps(variances):
+    """Five channels, none of which is left as it is for the class."""
+    y, xt, t = torch.tensor([0, 1]), normal(2, 5, 3), torch.tensor([2, 2])
+    answers = normal(NONE + 1, 10 if variances else 5, 3, seed=1)
+    got = improved.guided(lambda xt, t, y: answers[y], y, NONE, 1.5)(xt, t)
+    close("eps", got[:, :5], 2.5 * answers[y, :5] - 1.5 * answers[NONE, :5], 1e-13, 10.0)
 
 
 def test_cfg_algorithm1_drops_each_label_on_its_own_with_probability_p():
