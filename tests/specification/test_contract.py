@@ -310,6 +310,7 @@ def test_results_can_be_used_in_a_later_backward_pass(name):
 AMBIENT = {
     "bfloat16 by default": lambda: default_type(torch.bfloat16),
     "float64 by default": lambda: default_type(torch.float64),
+    "another device by default": lambda: torch.device("meta"),
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
 }
 
@@ -330,8 +331,8 @@ class default_type:
 
 @every_function
 def test_ambient_state_changes_no_formula(name):
-    """The same bits, whatever type new tensors have by default, and under autocast (but for a network's own
-    layers, whose business it is)."""
+    """The same bits, whatever type and device new tensors have by default, and under autocast (but for a
+    network's own layers, whose business it is)."""
     def bits():
         judge.seed()
         if "generator" in given:
@@ -459,7 +460,8 @@ OPTIONS = [(name, option) for name, (_, defaults, _) in options().items() for op
 
 @pytest.mark.parametrize("name, option", OPTIONS, ids=lambda x: x)
 def test_every_option_counts_and_alone_as_much_as_among_the_others(name, option):
-    """Another value changes the result; given alone, it does what it does beside the defaults in full."""
+    """Another value changes the result, whatever the other options are; given alone, it does what it does
+    beside the defaults in full."""
     required, defaults, others = options()[name]
     module, name = name.partition(":")[0].split(".")
     function = getattr(dict(ddpm=ddpm, improved=improved)[module], name)
@@ -472,7 +474,13 @@ def test_every_option_counts_and_alone_as_much_as_among_the_others(name, option)
     same("result", alone, in_full)
     by_default = result()
     same("result by default", by_default, result(**defaults))
-    assert alone.shape != by_default.shape or not torch.equal(alone, by_default), f"{option} is ignored"
+    assert differ(alone, by_default), f"{option} is ignored"
+    assert differ(result(**others()), result(**{**others(), option: defaults[option]})), (
+        f"{option} is ignored beside the others")
+
+
+def differ(a, b):
+    return a.shape != b.shape or not torch.equal(a, b)
 
 
 @pytest.mark.parametrize("loss", ["loss_simple", "improved.loss_hybrid"])
