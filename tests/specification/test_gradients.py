@@ -13,7 +13,7 @@ import pytest
 import torch
 from judge import close
 from test_6_ancestral import BRUTAL
-from test_contract import MODULES, inputs
+from test_contract import MADE, inputs
 
 import ddpm
 import improved
@@ -125,7 +125,7 @@ SMOOTH = {
 for scale in (0.0, -1.0, 2.0):
     SMOOTH[f"improved.guided at w = {scale:g}"] = (
         lambda xt, w, eps, scale=scale: improved.guided(
-            two_nets(3, w, eps), torch.tensor([0, 1, 2]), 3, scale)(xt, t),
+            two_nets(3, w, eps), torch.tensor([0, 1, 1]), 3, scale)(xt, t),
         lambda xt, w, eps, scale=scale: (1 + scale) * np.tanh(eps * xt) - scale * np.tanh(w * xt))
 
 
@@ -176,7 +176,7 @@ LAYERS = {"block": ("xt", "emb"), "attention": ("xt",), "net": ("xt", "t", "y"),
 def test_gradients_of_the_network_are_the_slopes_of_its_outputs(layer):
     """In its input and its embedding, and in all its weights together, the row for no label too: no skip,
     no residual branch, no shortcut is cut off."""
-    net, pool = MODULES[layer](), dict(inputs(), y=Y, t=t)
+    net, pool = MADE[layer](), dict(inputs(), y=Y, t=t)
     names = {name: p.shape for name, p in net.named_parameters()}
     given = {key: pool[key] for key in LAYERS[layer]}
     given["weights"] = torch.cat([p.detach().flatten() for p in net.parameters()])

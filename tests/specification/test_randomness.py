@@ -46,7 +46,7 @@ def bits(results):
 def call_without_generator(name):
     """A function with the global generator, and new arguments."""
     if name in TRAINING:
-        given = inputs()
+        given = dict(inputs(), d=ddpm.Diffusion(BRUTAL))
         return lambda: bits(TRAINING[name](given))
     given = {**arguments(name), "generator": None}
     return lambda: bits(call(name, given))
