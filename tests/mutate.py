@@ -171,7 +171,7 @@ def try_mutant(mutant):
     files = sorted(str(p) for p in (ROOT / "tests" / "specification").glob("test_[!0]*.py"))
     own = {2: "234"}.get(section(line), str(section(line))) if file == "ddpm.py" else "i"
     first = [f for f in files if os.path.basename(f)[5] in own]
-    of_all = [f for f in files if os.path.basename(f)[5] in "cgr"]  # contract, gradients, randomness, refusals
+    of_all = [f for f in files if os.path.basename(f)[5] in "cgr"]  # contract, gradients, ...
     others = [f for f in files if f not in first + of_all] if file == "ddpm.py" else []
     for tests in filter(None, (first, of_all, others)):
         status, test, _ = judge(source, tests, file)

@@ -36,10 +36,16 @@ def chosen(only):
     return names
 
 
-def rule_of(error, item):
-    """Which of the RULES a failure breaks."""
+def first(error):
+    """The error itself, or the first of those that Hypothesis found."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
+    return error
+
+
+def rule_of(error, item):
+    """Which of the RULES a failure breaks."""
+    error = first(error)
     marked = [rule for rule in RULES if item.get_closest_marker(rule)]
     said = getattr(error, "rule", None)
     if said in ("precision", "refusal"):
@@ -57,6 +63,16 @@ class Closing:
     def causes(self, name):
         """The sections with failures that a section builds on."""
         return [s for s in BUILDS_ON[name] if any(self.counts[s][rule] for rule in RULES)]
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_pyfunc_call(self, pyfuncitem):
+        """What a file says it does not implement is absent."""
+        try:
+            return (yield)
+        except Exception as error:
+            if isinstance(first(error), NotImplementedError):
+                pytest.skip(f"absent: {first(error)}")
+            raise
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item, call):

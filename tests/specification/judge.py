@@ -100,21 +100,22 @@ def is_rounding(error, allowed, scale):
 def same(what, got, want):
     """Assert that two tensors are equal bit for bit, in shape and type too."""
     __tracebackhide__ = True
-    if FLOAT32:  # which may be given float64, and answer in its own type
-        got, want = got.to(torch.promote_types(got.dtype, want.dtype)), want.to(got.dtype).to(want.dtype)
-        got = got.to(want.dtype)
+    if FLOAT32 and {got.dtype, want.dtype} == {torch.float32, torch.float64}:  # given one, it may answer in
+        got, want = got.float(), want.float()  # the other
     kinds = [f"{tuple(x.shape)} {x.dtype}" for x in (got, want)]
     assert kinds[0] == kinds[1], f"{what}: got a tensor {kinds[0]}, want {kinds[1]}"
     close(what, got, want, 0.0)
 
 
 @contextlib.contextmanager
-def refused(what):
-    """Assert that what is done here is refused in words, by an exception of any of the usual kinds."""
+def refused(what, word=""):
+    """Assert that what is done here is refused, by an exception of any of the usual kinds, with this word."""
     __tracebackhide__ = True
     try:
         yield
-    except REFUSALS:
+    except REFUSALS as refusal:
+        if word not in str(refusal):
+            raise broken("refusal", f"{what}: refused without the word {word}: {refusal}") from refusal
         return
     raise broken("refusal", f"{what}: not refused")
 

@@ -323,7 +323,8 @@ def test_importing_changes_nothing(judged, unusual):
         pytest.skip("absent: the file")
     before = torch.get_rng_state()
     with flags_left_alone(unusual):
-        exec(compile(pathlib.Path(judged.__file__).read_text(), judged.__file__, "exec"), {"__name__": "again"})
+        source = pathlib.Path(judged.__file__).read_text()
+        exec(compile(source, judged.__file__, "exec"), {"__name__": "again"})
     assert torch.equal(torch.get_rng_state(), before), "the generator moved"
 
 
