@@ -266,7 +266,7 @@ def test_memory_does_not_grow_along_a_run(name):
 FLAGS = {
     "gradients": (torch.is_grad_enabled, torch.set_grad_enabled, True, False),
     "default type": (torch.get_default_dtype, torch.set_default_dtype, torch.float32, torch.float64),
-    "threads": (torch.get_num_threads, torch.set_num_threads, 1, 2),
+    "threads": (torch.get_num_threads, torch.set_num_threads, 1, 1),
     "matmul precision": (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision,
                          "highest", "medium"),
     "deterministic algorithms": (torch.are_deterministic_algorithms_enabled,

@@ -127,8 +127,17 @@ def test_a_model_says_eps_in_the_first_half_of_its_channels_and_v_in_the_second(
 def test_a_model_without_a_v_for_every_pixel_is_refused(channels):
     """For xt of two channels: three would be an eps for both and one v for both, silently."""
     d, x0 = ddpm.Diffusion(BRUTAL), normal(4, 2, 3)
-    with refused(f"{channels} channels for xt of two"):
-        improved.loss_hybrid(lambda xt, t: xt[:, :1].repeat(1, channels, 1), d, x0)
+
+    def model(xt, t):
+        return xt[:, :1].repeat(1, channels, 1)
+
+    for what, take in {
+        "L_hybrid": lambda: improved.loss_hybrid(model, d, x0),
+        "eps alone": lambda: improved.eps_only(model)(x0, None),
+        "sampling": lambda: improved.sample_ancestral(model, d, x0),
+    }.items():  # fmt: skip
+        with refused(f"{channels} channels for xt of two, {what}"):
+            take()
 
 
 def test_iddpm_the_papers_network_with_learned_variances_has_35749766_parameters():
