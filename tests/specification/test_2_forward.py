@@ -127,3 +127,12 @@ def test_a_table_that_is_no_schedule_is_refused(beta):
     """Needed: beta[0] = 0, at least one step, 0 < beta_t < 1. beta_T = 1 would divide by zero."""
     with refused(f"beta = {beta}"):
         ddpm.Diffusion(beta)
+
+
+@in_float64
+@pytest.mark.parametrize("kind", ["a list", "float32", "float64"])
+def test_tables_are_float64_whatever_the_schedule_comes_as(kind):
+    """A list of numbers is not rounded to torch's default type; a float32 tensor counts as what it holds."""
+    beta = ref.linear_beta(9).tolist()
+    given = beta if kind == "a list" else torch.tensor(beta, dtype=getattr(torch, kind))
+    same("beta", ddpm.Diffusion(given).beta, torch.as_tensor(given, dtype=torch.float64))
