@@ -114,8 +114,9 @@ def discretized_log_likelihood(x0, mean, var):
 
 
 def bound_terms(model, d, x0, variances, clip=True, generator=None):
-    rows = []
+    rows, draws = [], torch.get_rng_state()
     for sigma2 in variances:
+        torch.set_rng_state(draws)
         all_ = d.theirs(d.variance(sigma2)).calc_bpd_loop(told(model), x0, clip_denoised=clip)
         rows.append(torch.cat([all_["vb"].flip(1), all_["prior_bpd"][:, None]], dim=1))
     return torch.stack(rows)

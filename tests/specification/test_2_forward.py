@@ -114,7 +114,7 @@ def test_as_many_steps_as_images_or_one_for_all_are_needed():
 @pytest.mark.parametrize("name", "q_sample posterior_mean x0_from_eps eps_from_x0".split())
 def test_images_and_noise_of_different_shapes_are_refused(name):
     """(2, 1) and (2,) would broadcast to (2, 2), silently."""
-    d, arguments = ddpm.Diffusion([0, 0.1]), [torch.zeros(2, 1), torch.zeros(2)]
+    d, arguments = ddpm.Diffusion([0, 0.1, 0.5]), [torch.zeros(2, 1), torch.zeros(2)]
     arguments.insert(2 if name == "posterior_mean" else 1, 1)
     with refused(f"{name} of (2, 1) and (2,)"):
         getattr(d, name)(*arguments)
