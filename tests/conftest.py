@@ -19,10 +19,11 @@ import judged  # noqa: E402
 
 torch.set_num_threads(1)  # the tensors are tiny: a second thread only waits
 
-# No deadline, since machines are noisy. CI tries the same examples each time, others fresh ones; deep:
-# fifty times as many, in half an hour.
+# No deadline, since machines are noisy. CI tries the same examples each time, others fresh ones; quick: a
+# fifth of them, for slow files of others; deep: fifty times as many, in half an hour.
 hypothesis.settings.register_profile("dev", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("quick", deadline=None, derandomize=True, max_examples=20)
 hypothesis.settings.register_profile("deep", deadline=None, max_examples=5000)
 hypothesis.settings.register_profile(
     "mutants", deadline=None, derandomize=True, report_multiple_bugs=False,

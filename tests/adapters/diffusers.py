@@ -5,6 +5,7 @@ Steps count from 0 there; a step at a time is asked for. The mean of a step is w
 """
 
 import contextlib
+import functools
 from unittest import mock
 
 import torch
@@ -39,15 +40,21 @@ def without_noise():
 
 class Diffusion:
     def __init__(self, beta):
-        self.betas = torch.as_tensor(beta)[1:]
+        self.betas, self.made = torch.as_tensor(beta)[1:], {}
         scheduler = self.scheduler()
         self.T, self.beta = len(self.betas), pad(scheduler.betas, (1, 0))
         self.alpha, self.alpha_bar = 1 - self.beta, pad(scheduler.alphas_cumprod, (1, 0), value=1.0)
-        variances = [scheduler._get_variance(t) for t in range(self.T)]
-        self.beta_tilde = torch.stack([torch.tensor(float("nan")), *variances])
+
+    @functools.cached_property
+    def beta_tilde(self):
+        return torch.stack([torch.tensor(float("nan")), *map(self.scheduler()._get_variance, range(self.T))])
 
     def scheduler(self, kind=DDPMScheduler, clip=False, **how):
-        return kind(len(self.betas), trained_betas=self.betas.tolist(), clip_sample=clip, **how)
+        """Theirs, made once for each way of stepping."""
+        key = kind, clip, *how.items()
+        if key not in self.made:
+            self.made[key] = kind(len(self.betas), trained_betas=self.betas.tolist(), clip_sample=clip, **how)
+        return self.made[key]
 
     def q_sample(self, x0, t, eps):
         return self.scheduler().add_noise(x0, eps, steps(t, x0))

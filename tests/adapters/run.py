@@ -23,7 +23,7 @@ SECTIONS = "schedules,forward,posterior,parametrisation,loss,ancestral,ddim,boun
 def judge(name, precision, flags):
     """What the specification says of an adapter, and whether it could be judged."""
     command = [sys.executable, "-m", "pytest", HERE.parent / "specification", "-q", "--tb=line", "-p", "no:warnings",
-               "--ddpm", HERE / f"{name}.py", "--only", SECTIONS, "--precision", precision, *flags]  # fmt: skip
+               "--hypothesis-profile=quick", "--ddpm", HERE / f"{name}.py", "--only", SECTIONS, "--precision", precision, *flags]  # fmt: skip
     done = subprocess.run(command, text=True, capture_output=True, cwd=HERE.parent.parent)
     said = done.stdout[done.stdout.find("section  ") if not flags else 0 :]
     table = [line for line in said.splitlines() if flags or not line.startswith(("FAILED", "rule broken", "=="))]

@@ -75,6 +75,7 @@ def test_eq4_coefficients_are_float64_arithmetic_rounded_once(t):
     close("sqrt(alpha_bar_t), sqrt(1 - alpha_bar_t)", xt, [signal[t], noise[t] ** 0.5], EPS32)
 
 
+@in_float64
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_eq4_half_precision_images_lose_no_noise(dtype):
     """At t = 1 of the paper's schedule half precision rounds 1 - alpha_bar to 0; the noise must stay."""
