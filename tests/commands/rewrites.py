@@ -16,14 +16,17 @@ UNet.__init__ = reordered
 """
 NETWORK = [("test_9_network", "test_appB_network_computes_what_the_numpy_network_computes", how)
            for how in ({}, {"mult": (2, 1, 3), "attention": (1,), "blocks": 2, "groups": 2})]  # fmt: skip
-ATTENTION = [*NETWORK, ("test_9_network", "test_attention_is_softmax_of_qk_over_sqrt_c_times_v_over_the_pixels")]
-BLOCK = [*NETWORK, ("test_9_network", "test_residual_block_is_norm_silu_conv_twice_around_the_embedding", 8, 12),
+SOFTMAX = "test_attention_is_softmax_of_qk_over_sqrt_c_times_v_over_the_pixels"
+ATTENTION = [*NETWORK, ("test_9_network", SOFTMAX)]
+RESIDUAL = "test_residual_block_is_norm_silu_conv_twice_around_the_embedding"
+BLOCK = [*NETWORK, ("test_9_network", RESIDUAL, 8, 12),
          ("test_9_network", "test_dropout_acts_just_before_the_last_convolution_of_a_residual_block"),
          ("test_9_network", "test_appB_dropout_is_a_tenth_by_default")]  # fmt: skip
 BOUND = [("test_8_bound", test) for test in (
     "test_eq5_with_exact_eps_sigma2_beta_costs_the_kl_of_the_two_variances",
     "test_eq5_each_kl_term_compares_the_posterior_with_the_models_step_at_the_same_xt",
-    "test_eq5_every_variance_is_judged_on_the_one_draw_of_each_xt", "test_bound_clips_x0_as_the_sampler_does")]
+    "test_eq5_every_variance_is_judged_on_the_one_draw_of_each_xt",
+    "test_bound_clips_x0_as_the_sampler_does")]
 
 EQUAL = {
     "queries, keys and values in one convolution": ("""
@@ -68,7 +71,8 @@ class ResBlock(nn.Module):
 class Norm(nn.Module):
     def __init__(self, groups, c):
         super().__init__()
-        self.groups, self.gamma, self.shift = groups, nn.Parameter(torch.ones(c)), nn.Parameter(torch.zeros(c))
+        self.groups = groups
+        self.gamma, self.shift = nn.Parameter(torch.ones(c)), nn.Parameter(torch.zeros(c))
 
     def forward(self, x):
         h = x.reshape(len(x), self.groups, -1)
@@ -133,15 +137,6 @@ Diffusion.p_mean = printed
 """, [("test_4_parametrisation", test) for test in (
         "test_clipping_changes_nothing_while_x0_is_an_image", "test_eq11_p_mean_is_the_printed_formula",
         "test_eq11_is_eq7_at_the_x0_that_eps_implies")]),
-    "eq. 7 as the image and a share of what is left": ("""
-def update(self, x0, xt, t):
-    ab, ab_s = self.alpha_bar, self.alpha_bar.roll(1)
-    c_t = self.alpha.sqrt() * (1 - ab_s) / (1 - ab)
-    return at(ab_s.sqrt(), t, x0) * x0 + at(c_t, t, xt) * (xt - at(ab.sqrt(), t, xt) * x0)
-Diffusion.posterior_mean = update
-""", [("test_3_posterior", "test_eq7_posterior_is_the_joint_gaussian_of_both_steps_conditioned_on_xt"),
-      ("test_3_posterior", "test_eq7_coefficients_are_float64_arithmetic_rounded_once", 1),
-      ("test_3_posterior", "test_eq7_at_t1_the_posterior_is_the_clean_image")]),
     "tables that are buffers of a Module": ("""
 Plain = Diffusion
 class Diffusion(nn.Module):

@@ -27,11 +27,15 @@ def judge_files(folder, *flags):
 @pytest.fixture
 def judge_here(tmp_path, monkeypatch):
     """Judges the source of a ddpm.py by tests of the specification, inside this process."""
+
     def run(source, tests):
         (tmp_path / "mine.py").write_text(source)
         monkeypatch.setitem(sys.modules, "ddpm", sys.modules["ddpm"])
         module = judged.load(tmp_path / "mine.py")
-        files = [importlib.import_module(name) for name in sorted({file for file, *_ in tests} | {"test_6_ancestral"})]
+        files = [
+            importlib.import_module(name)
+            for name in sorted({file for file, *_ in tests} | {"test_6_ancestral"})
+        ]
         for file in files:
             monkeypatch.setattr(file, "ddpm", module)
         for file, test, *arguments in tests:
@@ -39,6 +43,7 @@ def judge_here(tmp_path, monkeypatch):
                 getattr(sys.modules[file], test)(*arguments)
             except pytest.skip.Exception as skipped:
                 pytest.fail(f"{test} is skipped: {skipped}")
+
     return run
 
 
@@ -71,7 +76,9 @@ def test_the_draws_of_a_test_are_never_those_of_the_global_generator():
         for judge.SEED in (0, 1, 2, 28, 2_000_001, 2**31, 2**32 - 1):
             judge.seed()
             drawn = torch.randn(4)
-            assert not any(torch.equal(torch.randn(4, generator=judge.generator(k)), drawn) for k in range(1000))
+            assert not any(
+                torch.equal(torch.randn(4, generator=judge.generator(k)), drawn) for k in range(1000)
+            )
     finally:
         judge.SEED = before
 
@@ -104,8 +111,16 @@ def test_what_is_absent_is_skipped_and_counted_and_a_near_name_is_offered(tmp_pa
     status, said = judge_files(tmp_path, "--ddpm", "mine.py", "--only", "forward,posterior", "-rs")
     assert status == 0, said
     assert "absent: ddpm.Diffusion.q_sample" in said
-    table = {line.split()[0]: line.split()[1:] for line in said.splitlines() if line.startswith(("forward ", "posterior "))}
-    assert table["posterior"] == ["15", "0", "0"] and table["forward"][1] == "0" and int(table["forward"][2]) > 10
+    table = {
+        line.split()[0]: line.split()[1:]
+        for line in said.splitlines()
+        if line.startswith(("forward ", "posterior "))
+    }
+    assert (
+        table["posterior"] == ["15", "0", "0"]
+        and table["forward"][1] == "0"
+        and int(table["forward"][2]) > 10
+    )
     assert "Diffusion.q_sample (did you mean Diffusion.qsample?)" in said
     assert "not judged: improved.py, which is not there" in said
 
@@ -134,7 +149,9 @@ Diffusion.__init__ = rounded
     assert status == 0, said
 
 
-def test_a_network_whose_weights_cannot_be_told_apart_says_so_and_is_judged_by_a_map(tmp_path, judge_here, monkeypatch):
+def test_a_network_whose_weights_cannot_be_told_apart_says_so_and_is_judged_by_a_map(
+    tmp_path, judge_here, monkeypatch
+):
     """An attention that asks for its keys first: they are taken for the queries, until weights_by_role(net)
     says which is which."""
     keys_first = """
@@ -148,12 +165,14 @@ Attention = Keys
     test = "test_9_network", "test_attention_is_softmax_of_qk_over_sqrt_c_times_v_over_the_pixels"
     with pytest.raises(AssertionError, match="give them by role: weights_by_role"):
         judge_here(SOURCE + keys_first, [test])
-    (tmp_path / "map.py").write_text("def weights_by_role(block):\n    return dict(block.named_parameters())\n")
+    (tmp_path / "map.py").write_text(
+        "def weights_by_role(block):\n    return dict(block.named_parameters())\n"
+    )
     (tmp_path / "mine.py").write_text(SOURCE + keys_first)
     status, said = judge_files(tmp_path, "--ddpm", "mine.py", "--map", "map.py", "-k", test[1])
     assert status == 0 and "1 passed" in said, said
     monkeypatch.setattr(judged, "ROLES", lambda block: {})
-    with pytest.raises(AssertionError, match="lacks norm.weight, norm.bias, q.weight"):
+    with pytest.raises(AssertionError, match=r"lacks norm\.weight, norm\.bias, q\.weight"):
         judge_here(SOURCE + keys_first, [test])
 
 
@@ -170,7 +189,10 @@ def test_a_file_may_import_what_it_does_not_define(tmp_path, monkeypatch):
 def test_a_file_that_uses_what_it_lacks_fails_and_is_not_absent(judge_here):
     """Only a test that asks for an absent name is skipped: a file's own slip stays an error."""
     with pytest.raises(AttributeError, match="p_mean"):
-        judge_here(SOURCE.replace("def p_mean", "def mean"), [("test_6_ancestral", "test_sampling_clips_x0_by_default")])
+        judge_here(
+            SOURCE.replace("def p_mean", "def mean"),
+            [("test_6_ancestral", "test_sampling_clips_x0_by_default")],
+        )
 
 
 @pytest.mark.parametrize("source, words", [

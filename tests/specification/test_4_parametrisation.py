@@ -12,11 +12,12 @@ import reference_numpy as ref
 @given(case=cases(), x0=unit, eps=normal)
 def test_eq15_x0_from_eps_undoes_q_sample(case, x0, eps):
     """x0_from_eps(q_sample(x0, t, eps), t, eps) = x0; dividing by sqrt(alpha_bar_t) magnifies rounding,
-    and the coefficient may be sqrt(1 / alpha_bar_t - 1), whose own is that of 1 - alpha_bar_t."""
+    and the coefficient may be sqrt(1 / alpha_bar_t - 1), as good as 1 - alpha_bar_t."""
     d = ddpm.Diffusion(case.beta)
     xt = d.q_sample(f64(x0), case.t, f64(eps))
     signal, _ = ref.forward_moments(case.beta)
-    close("x0", d.x0_from_eps(xt, case.t, f64(eps)), x0, 4 * EPS + tolerance(case), 1 + abs(eps) / signal[case.t])
+    close("x0", d.x0_from_eps(xt, case.t, f64(eps)), x0, 4 * EPS + tolerance(case),
+          1 + abs(eps) / signal[case.t])  # fmt: skip
 
 
 @given(case=cases(), x0=unit, eps=normal)

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 import reference_numpy as ref
 
-HELP = "if that is wrong, give them by role: weights_by_role(net), in the file or by --map (docs/specification.md)"
+HELP = "if that is wrong, give them by role: weights_by_role(net), here or by --map (docs/specification.md)"
 
 
 # --- The roles, each with its shape -------------------------------------------------------------------------
@@ -41,8 +41,16 @@ def attention_roles(role, c):
         yield from layer(f"{role}{part}", c, c, 1, 1)
 
 
-def roles(in_channels=3, out_channels=None, ch=128, mult=(1, 2, 2, 2), blocks=2, attention=(1,),
-          num_classes=None, **_):  # fmt: skip
+def roles(
+    in_channels=3,
+    out_channels=None,
+    ch=128,
+    mult=(1, 2, 2, 2),
+    blocks=2,
+    attention=(1,),
+    num_classes=None,
+    **_,
+):
     """Those of a network: time, conv_in, down.LEVEL.I, shrink.LEVEL, mid, up.LEVEL.I, grow.LEVEL, .."""
     table = iter(ref.residual_table(ch, mult, blocks))
 
@@ -153,8 +161,11 @@ def by_use(net, wanted, inputs):
         if role.endswith("weight"):
             tensors += take(found, role, shape, several=role.split(".")[-2] in ("q", "k", "v"))
     if len(tensors) != len(wanted) or found:
-        raise broken("formula", f"of {len(wanted)} weights, {len(tensors)} were found by the order of use, "
-                                f"and {len(found)} layers are left; {HELP}")  # fmt: skip
+        raise broken(
+            "formula",
+            f"of {len(wanted)} weights, {len(tensors)} were found by the order of use, "
+            f"and {len(found)} layers are left; {HELP}",
+        )
     return tensors
 
 
