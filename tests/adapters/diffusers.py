@@ -1,7 +1,7 @@
 """Hugging Face diffusers by ddpm.py's names: its DDPM and DDIM schedulers, and UNet2DModel set up as in
 google/ddpm-cifar10-32. What it has no public way to do raises NotImplementedError: it counts as absent.
 
-Steps count from 0 there; a step at a time is asked for. The mean of a step is what step() gives without noise.
+Steps count from 0 there, one at a time. The mean of a step is what step() gives without noise.
 """
 
 import contextlib
