@@ -19,10 +19,11 @@ import judged  # noqa: E402
 
 torch.set_num_threads(1)  # the tensors are tiny: a second thread only waits
 
-# No deadline, since machines are noisy. CI tries the same examples each time, others fresh ones; deep:
-# fifty times as many, in half an hour.
+# No deadline, since machines are noisy. CI tries the same examples each time, others fresh ones; quick: a
+# fifth of them, for slow files of others; deep: fifty times as many, in half an hour.
 hypothesis.settings.register_profile("dev", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("quick", deadline=None, derandomize=True, max_examples=20)
 hypothesis.settings.register_profile("deep", deadline=None, max_examples=5000)
 hypothesis.settings.register_profile(
     "mutants", deadline=None, derandomize=True, report_multiple_bugs=False,
@@ -33,15 +34,29 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 def pytest_addoption(parser):
     group = parser.getgroup("specification", "what is judged")
-    group.addoption("--ddpm", metavar="FILE", default=str(ROOT / "ddpm.py"),
-                    help="the file to judge, with any of ddpm.py's public names (default: %(default)s)")  # fmt: skip
-    group.addoption("--improved", metavar="FILE",
-                    help="the same for improved.py (default: the one beside the judged ddpm.py, if any)")  # fmt: skip
+    group.addoption(
+        "--ddpm",
+        metavar="FILE",
+        default=str(ROOT / "ddpm.py"),
+        help="the file to judge, with any of ddpm.py's public names (default: %(default)s)",
+    )
+    group.addoption(
+        "--improved",
+        metavar="FILE",
+        help="the same for improved.py (default: the one beside the judged ddpm.py, if any)",
+    )
     group.addoption("--only", metavar="SECTIONS", help=f"some of them: {','.join(closing.BUILDS_ON)}")
-    group.addoption("--precision", choices=["float64", "float32"], default="float64",
-                    help="float32: tables may be float32, and tolerances are as many of its roundings")  # fmt: skip
-    group.addoption("--map", metavar="FILE",
-                    help=f"a Python file whose {judged.MAP}(net) names the weights of the judged networks")  # fmt: skip
+    group.addoption(
+        "--precision",
+        choices=["float64", "float32"],
+        default="float64",
+        help="float32: tables may be float32, and tolerances are as many of its roundings",
+    )
+    group.addoption(
+        "--map",
+        metavar="FILE",
+        help=f"a Python file whose {judged.MAP}(net) names the weights of the judged networks",
+    )
 
 
 def pytest_configure(config):
@@ -60,7 +75,9 @@ def pytest_configure(config):
     if "improved" not in config.judged:
         judged.nothing("improved")
     mapping = config.getoption("--map")
-    holder = judged.run(pathlib.Path(mapping).resolve(), "roles", "map") if mapping else config.modules["ddpm"]
+    holder = (
+        judged.run(pathlib.Path(mapping).resolve(), "roles", "map") if mapping else config.modules["ddpm"]
+    )
     judged.ROLES = getattr(holder, judged.MAP, None)
     if mapping and judged.ROLES is None:
         raise pytest.UsageError(f"--map {mapping}: it defines no {judged.MAP}(net)")
@@ -76,7 +93,8 @@ def pytest_collection_modifyitems(config, items):
         if item.path.parent != TESTS / "specification":
             return not foreign
         return closing.section(item.path) in config.sections and not (
-            judge.FLOAT32 and item.get_closest_marker("in_float64"))
+            judge.FLOAT32 and item.get_closest_marker("in_float64")
+        )
 
     config.hook.pytest_deselected(items=[item for item in items if not is_asked(item)])
     items[:] = [item for item in items if is_asked(item)]
@@ -95,7 +113,10 @@ def pytest_terminal_summary(terminalreporter, config):
             terminalreporter.write_line(line)
     for name, path in config.judged.items():
         terminalreporter.write_line(f"judged: {path}")
-        for words, names in (("absent", judged.absences), ("beyond the specification, not judged", judged.beyond)):
+        for words, names in (
+            ("absent", judged.absences),
+            ("beyond the specification, not judged", judged.beyond),
+        ):
             if found := names(config.modules[name], name):
                 terminalreporter.write_line(f"  {words}: {', '.join(found)}")
     if "improved" not in config.judged:

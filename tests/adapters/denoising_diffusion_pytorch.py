@@ -55,8 +55,15 @@ class Diffusion:
     @staticmethod
     def make(betas, model, shape, **how):
         with mock.patch.object(theirs, "linear_beta_schedule", lambda T: betas):
-            return theirs.GaussianDiffusion(Model(model, shape), image_size=1, timesteps=len(betas), beta_schedule="linear",
-                                            objective="pred_noise", auto_normalize=False, **how)  # fmt: skip
+            return theirs.GaussianDiffusion(
+                Model(model, shape),
+                image_size=1,
+                timesteps=len(betas),
+                beta_schedule="linear",
+                objective="pred_noise",
+                auto_normalize=False,
+                **how,
+            )
 
     def q_sample(self, x0, t, eps):
         return self.theirs().q_sample(x0, steps(t, x0), eps)

@@ -1,10 +1,11 @@
 """Hugging Face diffusers by ddpm.py's names: its DDPM and DDIM schedulers, and UNet2DModel set up as in
-google/ddpm-cifar10-32. What it has no public way to do raises NotImplementedError, which counts as absent.
+google/ddpm-cifar10-32. What it has no public way to do raises NotImplementedError: it counts as absent.
 
-Steps count from 0 there; a step at a time is asked for. The mean of a step is what step() gives without noise.
+Steps count from 0 there, one at a time. The mean of a step is what step() gives without noise.
 """
 
 import contextlib
+import functools
 from unittest import mock
 
 import torch
@@ -34,38 +35,49 @@ def steps(t, x):
 
 
 def without_noise():
-    return mock.patch.object(scheduling_ddpm, "randn_tensor", lambda shape, dtype=None, **_: torch.zeros(shape, dtype=dtype))
+    return mock.patch.object(
+        scheduling_ddpm, "randn_tensor", lambda shape, dtype=None, **_: torch.zeros(shape, dtype=dtype)
+    )
 
 
 class Diffusion:
     def __init__(self, beta):
-        self.betas = torch.as_tensor(beta)[1:]
+        self.betas, self.made = torch.as_tensor(beta)[1:], {}
         scheduler = self.scheduler()
         self.T, self.beta = len(self.betas), pad(scheduler.betas, (1, 0))
         self.alpha, self.alpha_bar = 1 - self.beta, pad(scheduler.alphas_cumprod, (1, 0), value=1.0)
-        variances = [scheduler._get_variance(t) for t in range(self.T)]
-        self.beta_tilde = torch.stack([torch.tensor(float("nan")), *variances])
+
+    @functools.cached_property
+    def beta_tilde(self):
+        return torch.stack([torch.tensor(float("nan")), *map(self.scheduler()._get_variance, range(self.T))])
 
     def scheduler(self, kind=DDPMScheduler, clip=False, **how):
-        return kind(len(self.betas), trained_betas=self.betas.tolist(), clip_sample=clip, **how)
+        """Theirs, made once for each way of stepping."""
+        key = kind, clip, *how.items()
+        if key not in self.made:
+            self.made[key] = kind(len(self.betas), trained_betas=self.betas.tolist(), clip_sample=clip, **how)
+        return self.made[key]
 
     def q_sample(self, x0, t, eps):
         return self.scheduler().add_noise(x0, eps, steps(t, x0))
 
-    def step(self, xt, t, said, **how):
-        """step() of each image at its own t, without noise."""
-        scheduler, each = self.scheduler(**how), zip(steps(t, xt).tolist(), said.split(1), xt.split(1), strict=True)
+    def step(self, xt, t, said, wanted="prev_sample", **how):
+        """What step() gives of each image at its own t, without noise."""
+        scheduler, each, out = self.scheduler(**how), steps(t, xt), torch.empty_like(xt)
         with without_noise():
-            return [scheduler.step(out, s, x) for s, out, x in each]
+            for s in each.unique().tolist():
+                here = each == s
+                out[here] = getattr(scheduler.step(said[here], s, xt[here]), wanted).to(out.dtype)
+        return out
 
     def posterior_mean(self, x0, xt, t):
-        return torch.cat([done.prev_sample for done in self.step(xt, t, x0, prediction_type="sample")])
+        return self.step(xt, t, x0, prediction_type="sample")
 
     def p_mean(self, xt, t, eps, clip=True):
-        return torch.cat([done.prev_sample for done in self.step(xt, t, eps, clip=clip)])
+        return self.step(xt, t, eps, clip=clip)
 
     def x0_from_eps(self, xt, t, eps):
-        return torch.cat([done.pred_original_sample for done in self.step(xt, t, eps)])
+        return self.step(xt, t, eps, "pred_original_sample")
 
 
 def noise_like(x, generator=None):
@@ -83,7 +95,11 @@ def run(scheduler, model, xt, on_step, reports, **how):
 
 
 def sample_ancestral(model, d, xt, sigma2=None, clip=True, generator=None, on_step=None):
-    kinds = {id(None): {}, id(d.beta): {"variance_type": "fixed_large"}, id(d.beta_tilde): {"variance_type": "fixed_small"}}
+    kinds = {
+        id(None): {},
+        id(d.beta): {"variance_type": "fixed_large"},
+        id(d.beta_tilde): {"variance_type": "fixed_small"},
+    }
     if id(sigma2) not in kinds:
         raise NotImplementedError("variances other than beta and beta_tilde")
     scheduler = d.scheduler(clip=clip, **kinds[id(sigma2)])
@@ -105,8 +121,16 @@ def sample_ddim(model, d, xt, grid, eta=0.0, clip=True, generator=None, on_step=
         with contextlib.suppress(ValueError):
             scheduler.set_timesteps(len(grid))
             if [t + 1 for t in scheduler.timesteps.tolist()[::-1]] == grid:
-                return run(scheduler, model, xt, on_step, [0, *grid[:-1]][::-1], eta=eta, generator=generator,
-                           use_clipped_model_output=clip)  # fmt: skip
+                return run(
+                    scheduler,
+                    model,
+                    xt,
+                    on_step,
+                    [0, *grid[:-1]][::-1],
+                    eta=eta,
+                    generator=generator,
+                    use_clipped_model_output=clip,
+                )
     raise NotImplementedError(f"the grid {grid} of {d.T} steps")
 
 
@@ -115,16 +139,36 @@ def timestep_embedding(t, dim):
 
 
 class UNet(UNet2DModel):
-    def __init__(self, in_channels=3, out_channels=None, ch=128, mult=(1, 2, 2, 2), blocks=2, attention=(1,),
-                 dropout=0.1, groups=32, num_classes=None):  # fmt: skip
+    def __init__(
+        self,
+        in_channels=3,
+        out_channels=None,
+        ch=128,
+        mult=(1, 2, 2, 2),
+        blocks=2,
+        attention=(1,),
+        dropout=0.1,
+        groups=32,
+        num_classes=None,
+    ):
         if num_classes:
             raise NotImplementedError("labels with a row for none of them")
         kinds = ["Attn" if level in attention else "" for level in range(len(mult))]
-        super().__init__(in_channels=in_channels, out_channels=out_channels or in_channels, layers_per_block=blocks,
-                         block_out_channels=[ch * m for m in mult], norm_num_groups=groups, norm_eps=1e-6,
-                         dropout=dropout, attention_head_dim=None, downsample_padding=0, flip_sin_to_cos=False,
-                         freq_shift=1, down_block_types=[f"{kind}DownBlock2D" for kind in kinds],
-                         up_block_types=[f"{kind}UpBlock2D" for kind in kinds[::-1]])  # fmt: skip
+        super().__init__(
+            in_channels=in_channels,
+            out_channels=out_channels or in_channels,
+            layers_per_block=blocks,
+            block_out_channels=[ch * m for m in mult],
+            norm_num_groups=groups,
+            norm_eps=1e-6,
+            dropout=dropout,
+            attention_head_dim=None,
+            downsample_padding=0,
+            flip_sin_to_cos=False,
+            freq_shift=1,
+            down_block_types=[f"{kind}DownBlock2D" for kind in kinds],
+            up_block_types=[f"{kind}UpBlock2D" for kind in kinds[::-1]],
+        )
 
     def forward(self, xt, t, y=None):
         if y is not None:

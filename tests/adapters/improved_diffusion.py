@@ -49,8 +49,13 @@ class Diffusion:
         self.beta_tilde = table(d.posterior_variance, np.nan)
 
     def theirs(self, variance=BETA_TILDE, kind=theirs.GaussianDiffusion, **how):
-        return kind(betas=self.betas, model_mean_type=theirs.ModelMeanType.EPSILON, model_var_type=variance,
-                    loss_type=theirs.LossType.MSE, **how)  # fmt: skip
+        return kind(
+            betas=self.betas,
+            model_mean_type=theirs.ModelMeanType.EPSILON,
+            model_var_type=variance,
+            loss_type=theirs.LossType.MSE,
+            **how,
+        )
 
     def variance(self, sigma2):
         if sigma2 is not self.beta and sigma2 is not self.beta_tilde:
@@ -80,7 +85,9 @@ def told(model):
 
 
 def loss_simple(model, d, x0, t=None, eps=None):
-    t = torch.randint(0, d.T, (len(x0),)) if t is None else steps(t, x0)  # their sampler of t draws with NumPy
+    t = (
+        torch.randint(0, d.T, (len(x0),)) if t is None else steps(t, x0)
+    )  # their sampler of t draws with NumPy
     return d.theirs().training_losses(told(model), x0, t, noise=eps)["loss"].mean()
 
 
@@ -114,20 +121,40 @@ def discretized_log_likelihood(x0, mean, var):
 
 
 def bound_terms(model, d, x0, variances, clip=True, generator=None):
-    rows = []
+    rows, draws = [], torch.get_rng_state()
     for sigma2 in variances:
+        torch.set_rng_state(draws)
         all_ = d.theirs(d.variance(sigma2)).calc_bpd_loop(told(model), x0, clip_denoised=clip)
         rows.append(torch.cat([all_["vb"].flip(1), all_["prior_bpd"][:, None]], dim=1))
     return torch.stack(rows)
 
 
 class UNet(UNetModel):
-    def __init__(self, in_channels=3, out_channels=None, ch=128, mult=(1, 2, 2, 2), blocks=2, attention=(1,),
-                 dropout=0.1, groups=32, num_classes=None):  # fmt: skip
+    def __init__(
+        self,
+        in_channels=3,
+        out_channels=None,
+        ch=128,
+        mult=(1, 2, 2, 2),
+        blocks=2,
+        attention=(1,),
+        dropout=0.1,
+        groups=32,
+        num_classes=None,
+    ):
         if groups != 32 or num_classes:
-            raise NotImplementedError("another number of groups than 32, or labels with a row for none of them")
-        super().__init__(in_channels, ch, out_channels or in_channels, blocks, [2**level for level in attention],
-                         dropout, mult)  # fmt: skip
+            raise NotImplementedError(
+                "another number of groups than 32, or labels with a row for none of them"
+            )
+        super().__init__(
+            in_channels,
+            ch,
+            out_channels or in_channels,
+            blocks,
+            [2**level for level in attention],
+            dropout,
+            mult,
+        )
 
     def forward(self, xt, t, y=None):
         return super().forward(xt, t - 1)

@@ -22,11 +22,29 @@ SECTIONS = "schedules,forward,posterior,parametrisation,loss,ancestral,ddim,boun
 
 def judge(name, precision, flags):
     """What the specification says of an adapter, and whether it could be judged."""
-    command = [sys.executable, "-m", "pytest", HERE.parent / "specification", "-q", "--tb=line", "-p", "no:warnings",
-               "--ddpm", HERE / f"{name}.py", "--only", SECTIONS, "--precision", precision, *flags]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        HERE.parent / "specification",
+        "-q",
+        "--tb=line",
+        "-p",
+        "no:warnings",
+        "--hypothesis-profile=quick",
+        "--ddpm",
+        HERE / f"{name}.py",
+        "--only",
+        SECTIONS,
+        "--precision",
+        precision,
+        *flags,
+    ]
     done = subprocess.run(command, text=True, capture_output=True, cwd=HERE.parent.parent)
     said = done.stdout[done.stdout.find("section  ") if not flags else 0 :]
-    table = [line for line in said.splitlines() if flags or not line.startswith(("FAILED", "rule broken", "=="))]
+    table = [
+        line for line in said.splitlines() if flags or not line.startswith(("FAILED", "rule broken", "=="))
+    ]
     return "\n".join(table) if done.returncode in (0, 1) else done.stderr.strip(), done.returncode in (0, 1)
 
 

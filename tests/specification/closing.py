@@ -9,20 +9,27 @@ from judged import near
 
 # Each section of the specification, by the name of its file, and those that it builds on.
 BUILDS_ON = {
-    "reference": (), "schedules": (), "forward": (), "posterior": ("forward",),
-    "parametrisation": ("forward", "posterior"), "loss": ("forward",),
+    "reference": (),
+    "schedules": (),
+    "forward": (),
+    "posterior": ("forward",),
+    "parametrisation": ("forward", "posterior"),
+    "loss": ("forward",),
     "ancestral": ("forward", "posterior", "parametrisation"),
     "ddim": ("forward", "posterior", "parametrisation"),
-    "bound": ("forward", "posterior", "parametrisation"), "network": (),
+    "bound": ("forward", "posterior", "parametrisation"),
+    "network": (),
     "single_step": ("forward", "posterior", "parametrisation", "ancestral", "ddim", "bound"),
     "improved": ("forward", "posterior", "parametrisation", "ancestral", "bound"),
-    "gradients": ("forward", "posterior", "parametrisation", "bound", "improved"), "randomness": (),
-    "contract": (), "refusals": (),
-}  # fmt: skip
+    "gradients": ("forward", "posterior", "parametrisation", "bound", "improved"),
+    "randomness": (),
+    "contract": (),
+    "refusals": (),
+}
 
 
 def section(path):
-    """"posterior" of tests/specification/test_3_posterior.py."""
+    """ "posterior" of tests/specification/test_3_posterior.py."""
     return re.sub(r"test_(\d_)?", "", path.stem)
 
 
@@ -31,8 +38,9 @@ def chosen(only):
     names = [name.strip() for name in only.split(",")] if only else list(BUILDS_ON)
     for name in names:
         if name not in BUILDS_ON:
-            raise pytest.UsageError(f"--only {name}: no such section{near(name, BUILDS_ON)}; "
-                                    f"there are {', '.join(BUILDS_ON)}")  # fmt: skip
+            raise pytest.UsageError(
+                f"--only {name}: no such section{near(name, BUILDS_ON)}; there are {', '.join(BUILDS_ON)}"
+            )
     return names
 
 
@@ -76,7 +84,10 @@ class Closing:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item, call):
-        name, failed = section(item.path), call.excinfo and not call.excinfo.errisinstance(pytest.skip.Exception)
+        name, failed = (
+            section(item.path),
+            call.excinfo and not call.excinfo.errisinstance(pytest.skip.Exception),
+        )
         if failed and name in BUILDS_ON:
             rule = rule_of(call.excinfo.value, item)
             words, causes = f"rule broken: {rule}", self.causes(name)
@@ -103,7 +114,11 @@ class Closing:
         for name in [name for name in BUILDS_ON if self.counts[name]]:
             counts = self.counts[name]
             rules = [f"{rule} {counts[rule]}" for rule in RULES if counts[rule]]
-            follows = f"; may follow from {', '.join(self.causes(name))}" if rules and self.causes(name) else ""
+            follows = (
+                f"; may follow from {', '.join(self.causes(name))}" if rules and self.causes(name) else ""
+            )
             failed = sum(counts[rule] for rule in RULES)
-            yield (f"{name:<16} {counts['judged']:6}  {failed:6}  {counts['absent']:6}  "
-                   f"{', '.join(rules)}{follows}").rstrip()  # fmt: skip
+            yield (
+                f"{name:<16} {counts['judged']:6}  {failed:6}  {counts['absent']:6}  "
+                f"{', '.join(rules)}{follows}"
+            ).rstrip()

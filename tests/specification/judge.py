@@ -54,6 +54,11 @@ def broken(rule, words):
     return error
 
 
+def eps():
+    """The rounding of the precision that is judged."""
+    return EPS32 if FLOAT32 else EPS
+
+
 def in_precision(tol):
     """A tolerance, stated for float64, in the precision that is judged.
 

@@ -59,7 +59,8 @@ def run(path, name, option):
     except (Exception, SystemExit) as error:
         sys.modules[name] = before
         words = str(error).splitlines() or [""]
-        raise pytest.UsageError(f"--{option} {path}: cannot be imported: {type(error).__name__}: {words[0]}")
+        words = f"--{option} {path}: cannot be imported: {type(error).__name__}: {words[0]}"
+        raise pytest.UsageError(words) from None
     return module
 
 

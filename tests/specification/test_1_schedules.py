@@ -11,7 +11,8 @@ import reference_numpy as ref
 
 steps = st.integers(1, 1000)
 ends = st.tuples(st.floats(1e-6, 0.5), st.floats(1e-6, 0.5))
-every_schedule = pytest.mark.parametrize("name", ["linear_schedule", "cosine_schedule", "exponential_schedule"])
+SCHEDULES = ["linear_schedule", "cosine_schedule", "exponential_schedule"]
+every_schedule = pytest.mark.parametrize("name", SCHEDULES)
 
 
 @given(T=steps, ends=ends)

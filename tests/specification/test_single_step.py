@@ -71,7 +71,9 @@ def test_T1_bound_is_the_decoder_with_beta_1_and_the_prior():
     """L_0 and L_1 = L_T, and nothing between; there is no beta_tilde_2, so the decoder takes beta_1."""
     k, seen = np.array([0, 77, 255]), []
     d, x0 = ddpm.Diffusion(BETA), torch.from_numpy(level(k))[:, None]
-    terms = ddpm.bound_terms(lambda xt, t: seen.append(xt) or 0.5 * xt, d, x0, [d.beta], generator=generator())
+    terms = ddpm.bound_terms(
+        lambda xt, t: seen.append(xt) or 0.5 * xt, d, x0, [d.beta], generator=generator()
+    )
     assert terms.shape == (1, 3, 2)
     mean = d.p_mean(seen[0], 1, 0.5 * seen[0])[:, 0].numpy()
     want = -ref.decoder_log_prob(k, mean, 0.3) / LN2

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 import reference_numpy as ref
 
-HELP = "give them by role: weights_by_role(net), in the file or by --map (docs/specification.md)"
+HELP = "if that is wrong, give them by role: weights_by_role(net), here or by --map (docs/specification.md)"
 
 
 # --- The roles, each with its shape -------------------------------------------------------------------------
@@ -41,8 +41,16 @@ def attention_roles(role, c):
         yield from layer(f"{role}{part}", c, c, 1, 1)
 
 
-def roles(in_channels=3, out_channels=None, ch=128, mult=(1, 2, 2, 2), blocks=2, attention=(1,),
-          num_classes=None, **_):  # fmt: skip
+def roles(
+    in_channels=3,
+    out_channels=None,
+    ch=128,
+    mult=(1, 2, 2, 2),
+    blocks=2,
+    attention=(1,),
+    num_classes=None,
+    **_,
+):
     """Those of a network: time, conv_in, down.LEVEL.I, shrink.LEVEL, mid, up.LEVEL.I, grow.LEVEL, .."""
     table = iter(ref.residual_table(ch, mult, blocks))
 
@@ -81,7 +89,7 @@ class Uses(TorchFunctionMode):
 
     def __init__(self, net):
         super().__init__()
-        self.used, self.made = [], {id(p): p for p in net.parameters()}
+        self.used, self.met, self.made = [], [], {id(p): p for p in net.parameters()}
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
@@ -92,6 +100,7 @@ class Uses(TorchFunctionMode):
             self.made.update({id(x): x for x in made})
         elif made:
             self.used += [x for x in weights if not any(x is other for other in self.used)]
+            self.met += [(w, x) for w in weights for x in given if id(x) not in self.made]
         return out
 
 
@@ -117,20 +126,29 @@ def layers_of(net, inputs):
     return found
 
 
+def first_met(net, shape, *inputs):
+    """What the first weight of this shape meets when net(*inputs) uses it."""
+    with torch.no_grad(), Uses(net) as uses:
+        net(*inputs)
+    return next(x for w, x in uses.met if w.shape == torch.Size(shape))
+
+
 # --- The one in terms of the other --------------------------------------------------------------------------
 
 
-def fits(found, shape, parts=1):
-    """Whether a layer's weight is that many tensors of a shape, perhaps with other dimensions behind."""
-    return len(found[0]) == parts * shape[0] and found[0].numel() == parts * torch.Size(shape).numel()
+def fits(weight, shape, parts=1):
+    """Whether a weight is that many tensors of a shape, perhaps with other dimensions behind the first."""
+    return len(weight) == parts * shape[0] and weight.numel() == parts * torch.Size(shape).numel()
 
 
 def take(found, role, shape, several):
-    """Remove and return the first layer of a shape; if `several`, perhaps cut out of one of two or three."""
-    for i, one in enumerate(found):
+    """Remove and return the first layer of a shape, to the last dimension if there is one so; if `several`,
+    the first with as many numbers, perhaps cut out of one of two or three."""
+    exact = [several or one[0].shape == torch.Size(shape) for one in found]
+    for i in sorted(range(len(found)), key=lambda i: not exact[i]):
         for parts in (1, 2, 3) if several else (1,):
-            if fits(one, shape, parts):
-                pieces = [list(piece) for piece in zip(*(x.chunk(parts) for x in one))]
+            if fits(found[i][0], shape, parts):
+                pieces = [list(piece) for piece in zip(*(x.chunk(parts) for x in found[i]))]
                 found[i : i + 1] = pieces[1:]
                 return pieces[0]
     raise broken("formula", f"no weight {tuple(shape)} is left for {role}, in the order of use; {HELP}")
@@ -143,9 +161,17 @@ def by_use(net, wanted, inputs):
         if role.endswith("weight"):
             tensors += take(found, role, shape, several=role.split(".")[-2] in ("q", "k", "v"))
     if len(tensors) != len(wanted) or found:
-        raise broken("formula", f"of {len(wanted)} weights, {len(tensors)} were found by the order of use, and "
-                                f"{len(found)} layers of the network are left; {HELP}")  # fmt: skip
+        raise broken(
+            "formula",
+            f"of {len(wanted)} weights, {len(tensors)} were found by the order of use, "
+            f"and {len(found)} layers are left; {HELP}",
+        )
     return tensors
+
+
+def matched(what):
+    """What is compared, and how the weights were found, if it was by their use."""
+    return what if judged.ROLES else f"{what}, of weights matched by the order of their use; {HELP};"
 
 
 def by_role(net, wanted, *inputs):
