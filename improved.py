@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 import ddpm
-from ddpm import at
+from ddpm import alike, at, require
 
 # --- 1. Learned variances ------------------------------------------------------------------------
 
@@ -42,7 +42,8 @@ def variance(d, t, v):
 def halves(model, xt, t):
     """What a model with learned variances says of xt: eps and v, each of xt's shape."""
     out = model(xt, t)
-    assert out.shape == (len(xt), 2 * xt.shape[1], *xt.shape[2:]), "the model must give eps and v"
+    need = (len(xt), 2 * xt.shape[1], *xt.shape[2:])
+    require(out.shape == need, f"the model must give eps and v, {need}, not {(*out.shape,)}")
     return out.chunk(2, dim=1)
 
 def eps_only(model):
@@ -54,6 +55,7 @@ def eps_only(model):
 def bound_term(d, x0, xt, t, eps, v, clip=True):
     """iDDPM eq. 6: L_{t-1} in bits/dim (B,), for the eps and v that the model says at xt and t;
     at t = 1 it is L_0, the decoder. t in 1..T: an int or (B,) int64 on the CPU."""
+    alike(xt, v)
     mean, sigma2 = d.p_mean(xt, t, eps, clip), variance(d, t, v)
     kl = ddpm.normal_kl(d.posterior_mean(x0, xt, t), at(lowest(d), t, x0), mean, sigma2)
     later = at(d.beta_tilde, t, x0) > 0  # than t = 1; a decoder that is not asked must not overflow
@@ -63,7 +65,9 @@ def bound_term(d, x0, xt, t, eps, v, clip=True):
 def loss_hybrid(model, d, x0, t=None, eps=None, weight=0.001):
     """iDDPM eq. 16: L_simple + weight * L_vlb, which teaches v alone: its eps is detached.
     x0 is on the 256 levels; t and eps as in ddpm.loss_simple, drawn where they are not given."""
+    alike(x0)
     t = torch.randint(1, d.T + 1, (len(x0),), device="cpu") if t is None else t
+    require(torch.is_tensor(t) and t.shape == (len(x0),) and t.min() > 0, "t must be (B,) in 1..T")
     eps = torch.randn_like(x0) if eps is None else eps
     xt = d.q_sample(x0, t, eps)
     eps_theta, v = halves(model, xt, t.to(x0.device, non_blocking=x0.is_cuda))
@@ -75,8 +79,9 @@ def loss_hybrid(model, d, x0, t=None, eps=None, weight=0.001):
 def strided(model, d, grid):
     """iDDPM eq. 19: model and diffusion on the steps t_1 < .. < t_n of a grid alone, now 1..n.
     alpha_bar stays what it is there; beta, beta_tilde, learned variances become the grid's own."""
+    ok = len(grid) and all(s < t and t in range(d.T + 1) for s, t in zip([0, *grid], grid))
+    require(ok, f"need a grid that increases in 1..{d.T}")
     steps = torch.tensor([0, *grid], device="cpu")
-    assert grid[0] >= 1, "grid must increase, from 1 or more"  # beta_i > 0: Diffusion asserts it
     ab = d.alpha_bar[steps]
     beta = F.pad((1 - ab[1:] / ab[:-1]).clamp(max=0.9999999999999999), (1, 0))  # rounded, maybe 1
     def on_grid(xt, i):
@@ -113,7 +118,9 @@ def bound_terms(model, d, x0, variances=(), clip=True, generator=None):
 
 def drop_labels(y, none, p=0.1, generator=None):
     """CFG Algorithm 1: y (B,), each label replaced by `none`, on its own, with probability p."""
-    return torch.where(torch.rand(y.shape, generator=generator, device=y.device) < p, none, y)
+    require(y.dtype == torch.int64 and 0 <= p <= 1, "need labels y (B,) int64, and p in [0, 1]")
+    draw = torch.rand(y.shape, generator=generator, dtype=torch.float32, device=y.device)
+    return torch.where(draw < p, none, y)
 
 def guided(net, y, none, w=0.0):
     """CFG eq. 6: a model of eps = (1 + w) eps(xt, y) - w eps(xt, none), by one call of net a step.
@@ -121,6 +128,7 @@ def guided(net, y, none, w=0.0):
     w = 0 is the conditional model, w = -1 the unconditional one. Others write s = 1 + w, where
     those are s = 1 and s = 0. Learned variances are those given y, unless w = -1."""
     def model(xt, t):
+        require(y.shape == t.shape, f"need a label for each of {len(xt)} images, not {(*y.shape,)}")
         if w in (0, -1):  # one of the two is all of it
             return net(xt, t, torch.full_like(y, none) if w else y)
         out = net(torch.cat([xt, xt]), torch.cat([t, t]), torch.cat([y, torch.full_like(y, none)]))

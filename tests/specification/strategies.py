@@ -1,11 +1,13 @@
 """What the properties are tried on: every noise schedule, every step of it.
 
 A failing `Case(...)` is printed as it can be pasted back: put it into `@example(case=Case(...))`,
-or finish the sum with pencil and paper (Hypothesis shrinks T and t first).
+or finish the sum with pencil and paper (Hypothesis shrinks T and t first). T = 1 has tests of its own, in
+test_single_step.py, so that what is wrong there alone fails there alone.
 """
 
 from dataclasses import dataclass
 
+import judge
 import numpy as np
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -45,15 +47,18 @@ class PaperCase:
     beta = Case.beta
 
 
+# In float32, 1e-6 is too near to nothing for 1 - alpha_bar, and 50 times 0.999 too near to all for alpha_bar.
+BETAS, MAX_T = (st.floats(1e-4, 0.5), 20) if judge.FLOAT32 else (st.floats(1e-6, 0.999), 50)
+
+
 @st.composite
-def cases(draw, max_T=50):
-    """T from 1 to 50, beta_t from 1e-6 to 0.999 in any order, t from 1 to T."""
-    betas = draw(st.lists(st.floats(1e-6, 0.999), min_size=1, max_size=max_T))
+def cases(draw, max_T=MAX_T):
+    """T from 2 to 50, beta_t from 1e-6 to 0.999 in any order, t from 1 to T."""
+    betas = draw(st.lists(BETAS, min_size=2, max_size=max_T))
     return Case(tuple(betas), draw(st.integers(1, len(betas))))
 
 
 EDGES = (
-    Case((0.5,), 1),  # T = 1
     Case((0.5, 0.25), 1),  # t = 1
     Case((0.5, 0.25), 2),  # t = T
     PaperCase(1),
@@ -72,7 +77,7 @@ def every_case(test, edges=EDGES):
 
 def every_short_case(test):
     """The same without the paper's thousand steps, for properties of a whole run."""
-    return every_case(test, EDGES[:3])
+    return every_case(test, EDGES[:2])
 
 
 def pixels(max_size=8):

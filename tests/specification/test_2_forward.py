@@ -1,10 +1,9 @@
 """Section 2 of ddpm.py: the tables and the forward process (eq. 2, eq. 4)."""
 
 import far
-import numpy as np
 import pytest
 import torch
-from judge import EPS, EPS32, close, f64, same, tolerance
+from judge import EPS, EPS32, REALS, close, f64, in_float64, refused, same, tolerance
 from strategies import PaperCase, every_case
 
 import ddpm
@@ -17,9 +16,9 @@ def test_tables_run_from_0_to_T_and_begin_with_the_clean_image(case):
     d = ddpm.Diffusion(case.beta)
     tables = (d.beta, d.alpha, d.alpha_bar, d.beta_tilde)
     assert d.T == case.T
-    assert all(len(table) == case.T + 1 and table.dtype == torch.float64 for table in tables)
+    assert all(len(table) == case.T + 1 and table.dtype in REALS for table in tables)
     assert d.beta[0] == 0 and d.alpha[0] == 1 and d.alpha_bar[0] == 1 and d.beta_tilde[0].isnan()
-    np.testing.assert_array_equal(d.beta, case.beta)
+    close("beta", d.beta, case.beta, EPS / 2)
 
 
 @every_case
@@ -65,6 +64,7 @@ def test_eq4_q_sample_gives_each_image_its_own_t():
     same("xt", d.q_sample(x0, t, eps), one_by_one)
 
 
+@in_float64
 @pytest.mark.parametrize("t", [1, 2, 10, 500, 1000])
 def test_eq4_coefficients_are_float64_arithmetic_rounded_once(t):
     """In float32 both coefficients are within one rounding of the reference; a float32 table of
@@ -75,6 +75,7 @@ def test_eq4_coefficients_are_float64_arithmetic_rounded_once(t):
     close("sqrt(alpha_bar_t), sqrt(1 - alpha_bar_t)", xt, [signal[t], noise[t] ** 0.5], EPS32)
 
 
+@in_float64
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_eq4_half_precision_images_lose_no_noise(dtype):
     """At t = 1 of the paper's schedule half precision rounds 1 - alpha_bar to 0; the noise must stay."""
@@ -89,7 +90,7 @@ def test_tables_live_on_the_cpu_whatever_the_default_device():
     with far.device(), torch.device("far"):
         for schedule in (ddpm.linear_schedule, ddpm.cosine_schedule, ddpm.exponential_schedule):
             d = ddpm.Diffusion(schedule(4))
-            assert {x.device.type for x in vars(d).values() if torch.is_tensor(x)} == {"cpu"}
+            assert {x.device.type for x in (d.beta, d.alpha, d.alpha_bar, d.beta_tilde)} == {"cpu"}
         x = torch.ones(2, 3, device="cpu")
         terms = ddpm.bound_terms(lambda xt, t: xt, d, x, [d.beta])
     assert terms.device.type == "cpu" and terms.dtype == torch.float64
@@ -99,7 +100,7 @@ def test_a_step_outside_0_T_is_refused():
     """t = -1 and t = T + 1 are mistakes, and must not wrap around to another step."""
     d = ddpm.Diffusion([0, 0.1, 0.5])
     for t in (-1, 3, torch.tensor([0, -1]), torch.tensor([2, 3])):
-        with pytest.raises((AssertionError, IndexError)):
+        with refused(f"t = {t}"):
             d.q_sample(f64(1, 1), t, f64(0, 0))
 
 
@@ -107,16 +108,16 @@ def test_as_many_steps_as_images_or_one_for_all_are_needed():
     """Three steps for two images are a mistake; one image is never repeated to fit three steps."""
     d = ddpm.Diffusion([0, 0.1, 0.5])
     for images in (1, 2):
-        with pytest.raises(AssertionError):
+        with refused(f"three steps for {images} images"):
             d.q_sample(torch.zeros(images), torch.tensor([1, 2, 1]), torch.zeros(images))
 
 
 @pytest.mark.parametrize("name", "q_sample posterior_mean x0_from_eps eps_from_x0".split())
 def test_images_and_noise_of_different_shapes_are_refused(name):
     """(2, 1) and (2,) would broadcast to (2, 2), silently."""
-    d, arguments = ddpm.Diffusion([0, 0.1]), [torch.zeros(2, 1), torch.zeros(2)]
+    d, arguments = ddpm.Diffusion([0, 0.1, 0.5]), [torch.zeros(2, 1), torch.zeros(2)]
     arguments.insert(2 if name == "posterior_mean" else 1, 1)
-    with pytest.raises(AssertionError):
+    with refused(f"{name} of (2, 1) and (2,)"):
         getattr(d, name)(*arguments)
 
 
@@ -125,5 +126,14 @@ def test_images_and_noise_of_different_shapes_are_refused(name):
 ], ids=str)  # fmt: skip
 def test_a_table_that_is_no_schedule_is_refused(beta):
     """Needed: beta[0] = 0, at least one step, 0 < beta_t < 1. beta_T = 1 would divide by zero."""
-    with pytest.raises(AssertionError):
+    with refused(f"beta = {beta}"):
         ddpm.Diffusion(beta)
+
+
+@in_float64
+@pytest.mark.parametrize("kind", ["a list", "float32", "float64"])
+def test_tables_are_float64_whatever_the_schedule_comes_as(kind):
+    """A list of numbers is not rounded to torch's default type; a float32 tensor counts as what it holds."""
+    beta = ref.linear_beta(9).tolist()
+    given = beta if kind == "a list" else torch.tensor(beta, dtype=getattr(torch, kind))
+    same("beta", ddpm.Diffusion(given).beta, torch.as_tensor(given, dtype=torch.float64))

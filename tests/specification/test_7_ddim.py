@@ -5,7 +5,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from judge import EPS, close, f64, has_law, has_normal_moments, rejects, same, tolerance
+from judge import (
+    EPS,
+    close,
+    f64,
+    generator,
+    has_law,
+    has_normal_moments,
+    randomness,
+    refused,
+    rejects,
+    same,
+    tolerance,
+)
 from strategies import cases, every_short_case, unit
 from test_6_ancestral import (
     BRUTAL,
@@ -14,7 +26,6 @@ from test_6_ancestral import (
     VAR,
     N,
     gaussian_model,
-    generator,
     image_model,
     mixture_model,
     normal,
@@ -46,7 +57,7 @@ def test_ddim_grid_has_n_steps_from_above_0_to_T_as_even_as_integers_allow(T, da
 
 @pytest.mark.parametrize("T, n", [(10, 0), (10, 11), (10, -1)])
 def test_ddim_grid_refuses_a_number_of_steps_that_T_cannot_give(T, n):
-    with pytest.raises(AssertionError):
+    with refused(f"{n} steps of {T}"):
         ddpm.ddim_grid(T, n)
 
 
@@ -164,10 +175,11 @@ def test_ddim_asks_the_model_once_at_each_step_of_the_grid_and_ends_at_0(grid):
 
     x0 = ddpm.sample_ddim(model, ddpm.Diffusion(BRUTAL), normal(2, 1), grid,
                           on_step=lambda s, xs: told.append((s, xs)))  # fmt: skip
-    assert asked == grid[::-1] and [s for s, _ in told] == [*grid[-2::-1], 0]
-    assert told[-1][1] is x0
+    assert asked == list(grid)[::-1] and [s for s, _ in told] == [*grid[-2::-1], 0]
+    same("x0", x0, told[-1][1])
 
 
+@randomness
 def test_ddim_with_eta_0_is_deterministic_and_that_is_the_default():
     """No generator state is used up, and the global seed does not matter."""
     d, g = ddpm.Diffusion(BRUTAL), generator()
@@ -192,5 +204,5 @@ def test_ddim_clips_x0_and_takes_the_noise_that_the_clipped_x0_implies():
 
 @pytest.mark.parametrize("grid", [[0, 4], [2, 2], [3, 1], [-1, 4]], ids=str)
 def test_ddim_refuses_a_grid_that_does_not_increase_from_1(grid):
-    with pytest.raises(AssertionError):
+    with refused(f"the grid {grid}"):
         ddpm.sample_ddim(gaussian_model(BRUTAL), ddpm.Diffusion(BRUTAL), normal(1, 1), grid)
