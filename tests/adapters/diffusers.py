@@ -62,12 +62,13 @@ class Diffusion:
         return self.scheduler().add_noise(x0, eps, steps(t, x0))
 
     def step(self, xt, t, said, wanted="prev_sample", **how):
-        """What step() gives of each image at its own t, without noise."""
+        """What step() gives of each image, which needs a channel there, at its own t, without noise."""
         scheduler, each, out = self.scheduler(**how), steps(t, xt), torch.empty_like(xt)
         with without_noise():
             for s in each.unique().tolist():
                 here = each == s
-                out[here] = getattr(scheduler.step(said[here], s, xt[here]), wanted).to(out.dtype)
+                done = scheduler.step(said[here][:, None], s, xt[here][:, None])
+                out[here] = getattr(done, wanted)[:, 0].to(out.dtype)
         return out
 
     def posterior_mean(self, x0, xt, t):

@@ -52,7 +52,8 @@ def main(arguments):
     cut = arguments.index("--") if "--" in arguments else len(arguments)
     names, flags, all_judged = arguments[:cut] or NAMES, arguments[cut + 1 :], True
     if unknown := [name for name in names if name not in NAMES]:
-        raise SystemExit(f"no adapter is called {unknown[0]}; there are {', '.join(NAMES)}")
+        print(f"no adapter is called {unknown[0]}; there are {', '.join(NAMES)}", file=sys.stderr)
+        return 2
     for name in names:
         for precision in ("float64", "float32"):
             words, judged = judge(name, precision, flags)

@@ -108,7 +108,8 @@ def test_what_is_absent_is_skipped_and_counted_and_a_near_name_is_offered(tmp_pa
     """A file of two methods, one of them misspelt: what can be judged is, and nothing else is asked for."""
     begun = SOURCE[: SOURCE.index("    def x0_from_eps")].replace("def q_sample", "def qsample")
     (tmp_path / "mine.py").write_text(begun)
-    status, said = judge_files(tmp_path, "--ddpm", "mine.py", "--only", "forward,posterior", "-rs")
+    status, said = judge_files(tmp_path, "--ddpm", "mine.py", "--only", "forward,posterior", "-rs",
+                               "--hypothesis-profile=quick")  # fmt: skip
     assert status == 0, said
     assert "absent: ddpm.Diffusion.q_sample" in said
     table = {
@@ -139,7 +140,7 @@ def rounded(self, beta):
 Diffusion.__init__ = rounded
 """
     (tmp_path / "mine.py").write_text(SOURCE + float32)
-    asked = "--ddpm", "mine.py", "--only", "forward,posterior", "--hypothesis-profile=mutants", "--tb=line"
+    asked = "--ddpm", "mine.py", "--only", "forward,posterior", "--hypothesis-profile=quick", "--tb=line"
     status, said = judge_files(tmp_path, *asked)
     rows = [line for line in said.splitlines() if line.startswith(("forward ", "posterior "))]
     assert status == 1 and all("precision" in row for row in rows), said

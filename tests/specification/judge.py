@@ -71,6 +71,13 @@ def in_precision(tol):
     return np.where(tol < EPS32, np.minimum(tol * (EPS32 / EPS), 0.1), tol)
 
 
+def has_reals(what, table):
+    """Assert that a table is float64, or float32 where that is judged."""
+    __tracebackhide__ = True
+    if table.dtype not in REALS:
+        raise broken("precision", f"{what} is {table.dtype}, want {REALS[0]}")
+
+
 def close(what, got, want, tol, scale=None):
     """Assert |got - want| <= tol * scale everywhere; scale defaults to |want|: a relative error.
 

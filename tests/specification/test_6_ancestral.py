@@ -10,6 +10,7 @@ import torch
 from judge import (
     EPS,
     close,
+    edge,
     f64,
     generator,
     has_law,
@@ -192,6 +193,7 @@ def test_algorithm2_uses_sigma2_beta_by_default():
     assert not torch.equal(default, tilde), "beta_tilde gives the same samples"
 
 
+@edge
 def test_algorithm2_adds_no_noise_at_t1():
     """T = 1: x0 is a function of x1, whatever the generator."""
     d = ddpm.Diffusion([0, 0.5])
