@@ -118,7 +118,7 @@ def loss_simple(model, d, x0, t=None, eps=None):
     eps = torch.randn_like(x0) if eps is None else eps
     eps_theta = model(d.q_sample(x0, t, eps), t.to(x0.device, non_blocking=x0.is_cuda))
     alike(eps_theta, eps)
-    return F.mse_loss(eps_theta, eps)
+    return F.mse_loss(eps_theta.to(eps.dtype), eps)
 
 # --- 6. Ancestral sampling -----------------------------------------------------------------------
 def noise_like(x, generator=None):
@@ -219,7 +219,7 @@ def bound_terms(model, d, x0, variances, clip=True, generator=None):
 # --- 9. The network ------------------------------------------------------------------------------
 def timestep_embedding(t, dim):
     """(B,) -> (B, dim): the sines, then the cosines, of t / 10000^(i / (dim/2 - 1)), i < dim/2."""
-    i = torch.arange(dim // 2, dtype=torch.float32, device=t.device)
+    i = torch.arange(dim // 2, dtype=torch.promote_types(t.dtype, torch.float32), device=t.device)
     angle = t[:, None] * torch.exp(-math.log(10000) / (dim // 2 - 1) * i)
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 

@@ -72,7 +72,7 @@ def loss_hybrid(model, d, x0, t=None, eps=None, weight=0.001):
     xt = d.q_sample(x0, t, eps)
     eps_theta, v = halves(model, xt, t.to(x0.device, non_blocking=x0.is_cuda))
     vlb = d.T * bound_term(d, x0, xt, t, eps_theta.detach(), v, clip=False).mean()
-    return F.mse_loss(eps_theta, eps) + weight * vlb
+    return F.mse_loss(eps_theta.to(eps.dtype), eps) + weight * vlb
 
 # --- 3. Sampling ---------------------------------------------------------------------------------
 

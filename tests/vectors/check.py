@@ -83,6 +83,8 @@ def ask(f, call, given):
         if "weights" in g:
             fill(f, net, g["weights"])
         return net(g["xt"], g["t"]).detach()
+    if call == "timestep_embedding":
+        g["t"] = g["t"].to(torch.get_default_dtype())  # of integers, it is float32
     d = f.Diffusion(g.pop("beta")) if "beta" in g else None
     if call == "Diffusion":
         names = [name for name in ("alpha", "alpha_bar", "beta_tilde") if hasattr(d, name)]
