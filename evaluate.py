@@ -13,7 +13,7 @@ import ddpm
 import improved
 from support import checkpoint, command, data, devices
 from support.command import flag
-from support.errors import Failure, UsageError
+from support.errors import Failure
 from support.progress import Progress
 
 
@@ -40,34 +40,20 @@ def main(cfg, given):
     device = devices.pick_device(cfg.device)
     bf16 = devices.use_precision(cfg.precision, device)
     ckpt, net, d = checkpoint.load_model(cfg.ckpt, cfg.weights, device)
-    images, labels, what = held_out(cfg, ckpt)
+    images, labels, _ = data.held_out(ckpt, cfg.data, cfg.data_dir, cfg.skip_broken, cfg.n)
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         terms = bound(cfg, net, d, images, labels, ckpt, device)
     if not terms.isfinite().all():
         raise Failure(f"{cfg.ckpt}: the network's output is not finite; its training diverged")
-    report(terms, f"{len(images):,} {what}, {checkpoint.title(ckpt, cfg.weights)}")
+    report(terms, f"{len(images):,} {called(cfg, ckpt)}, {checkpoint.title(ckpt, cfg.weights)}")
 
 
-def held_out(cfg, ckpt):
-    """The images, sized as the checkpoint's, their labels in its numbers or None, and what to call them."""
-    own, (C, H, W) = ckpt["config"]["data"] if checkpoint.holds_run(ckpt) else None, ckpt["shape"]
+def called(cfg, ckpt):
+    """What to call the images. A folder was trained on whole, unless it is another one."""
+    own = ckpt.get("config", {}).get("data")  # converted weights have none
     name = cfg.data or own
-    if not name:
-        raise UsageError(f"--data: {cfg.ckpt} does not say what it was trained on; name images to evaluate")
-    name = os.path.abspath(name) if data.is_folder(name) else name
-    images, labels, classes = data.load(name, False, cfg.data_dir, (H, W), C, cfg.skip_broken,
-                                        bool(ckpt["classes"]), cfg.n)
-    if not ckpt["classes"]:  # glyphs always bring labels; this network was trained without
-        labels = None
-    elif unknown := sorted(set(classes) - set(ckpt["classes"])):
-        raise Failure(f"--data {name}: the network knows no class {unknown[0]}, but those of "
-                      f"{own or cfg.ckpt}")
-    if tuple(images.shape[1:]) != (C, H, W):
-        raise UsageError(f"--data {name}: images of {tuple(images.shape[1:])}, but a network for {(C, H, W)}")
-    if labels is not None:  # classes have numbers of their own in each folder
-        labels = torch.tensor([ckpt["classes"].index(name) for name in classes])[labels]
-    trained_on = data.is_folder(name) and name == own
-    return images, labels, "images it was trained on" if trained_on else f"held-out images of {name}"
+    trained_on = data.is_folder(name) and os.path.abspath(name) == own
+    return "images it was trained on" if trained_on else f"held-out images of {name}"
 
 
 def bound(cfg, net, d, images, labels, ckpt, device):

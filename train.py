@@ -105,6 +105,8 @@ def main(cfg, given):
     saved, start = (checkpoint.load(path) if path else None for path in (cfg.resume, cfg.init))
     with checkpoint.refusing(cfg.resume or cfg.init):
         cfg = recipes.settled(cfg, given, saved, start)
+    if saved and data.is_folder(cfg.data) and workers.is_first():  # a path out of a file is shown first
+        say(f"{cfg.resume}: goes on with the images of {cfg.data}")
     workers.share(cfg.batch_size)
     size = parse_size(cfg.size) if cfg.size else None
     if size:  # what the network cannot divide is refused now, not after an hour of reading images
@@ -197,8 +199,8 @@ def begin(cfg, saved, start, train_set, device):
     if saved:
         net.load_state_dict(saved["model"])
         ema.load_state_dict(saved["ema"])
+        checkpoint.check_optimizer(saved["optimizer"], optimizer)
         optimizer.load_state_dict(saved["optimizer"])
-        checkpoint.fit(len(optimizer.state) == len(list(net.parameters())))
         run.step = saved["step"]
     return run
 

@@ -7,6 +7,7 @@ has no run: it can be sampled, evaluated, and trained on with --init, but not re
 
 import contextlib
 import hashlib
+import math
 import os
 import warnings
 
@@ -16,6 +17,7 @@ import torch
 import ddpm
 from support.errors import Failure, out_of_memory
 from support.files import replacing
+from support.weight_files import PLAIN, check_archive
 
 FORMAT = 2  # a higher number is refused; format 1 had no process, which followed from its config
 SEAL = b"\nddpm checkpoint; SHA-256 of all above: "  # and 32 bytes end the file; torch.load skips them
@@ -41,11 +43,14 @@ def load(path):
     """The dictionary that save() wrote, on the CPU. Raises Failure for any other file."""
     check_seal(path)
     try:
+        check_archive(path, PLAIN | {"torch DoubleStorage"})
         with warnings.catch_warnings(action="ignore"):
             ckpt = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, MemoryError):
+    except OSError:
         raise
-    except Exception:  # whatever a foreign file makes the reader raise
+    except Exception as error:  # whatever a foreign file makes the reader raise
+        if out_of_memory(error):  # which is the machine's fault
+            raise
         raise Failure(f"{path}: sealed as a checkpoint, but cannot be read as one") from None
     if not isinstance(ckpt, dict) or "ddpm_format" not in ckpt:
         raise Failure(f"{path}: sealed as a checkpoint, but does not hold one")
@@ -95,11 +100,14 @@ def sealed(path):
 
 
 def check_contents(ckpt):
-    """Raises an exception that refusing() turns into one line, unless the parts fit together."""
-    network, (C, H, W), process = ckpt["network"], ckpt["shape"], ckpt["process"]
-    factor = 2 ** (len(network["mult"]) - 1)
+    """Raises an exception that refusing() turns into one line, unless every value is one that could have
+    been written, and the parts fit together. The settings of a run are checked when it is resumed."""
     wanted = NETWORK | RUN if any(name in ckpt for name in RUN) else NETWORK
     fit(all(isinstance(ckpt[name], kind) for name, kind in wanted.items()))
+    network, (C, H, W), process = ckpt["network"], ckpt["shape"], ckpt["process"]
+    check_network(network)
+    fit(is_whole(ckpt["step"], 0, 2**53) and is_whole(H, 1, 2**15) and is_whole(W, 1, 2**15))
+    factor = 2 ** (len(network["mult"]) - 1)
     fit(all(isinstance(process[name], kind) for name, kind in PROCESS.items()))
     fit(process["beta"].dtype == torch.float64 and 1 < len(process["beta"]) <= 10**6 + 1)
     fit(process["schedule"] in (*SCHEDULES, "table"))
@@ -107,11 +115,45 @@ def check_contents(ckpt):
     fit(all(isinstance(name, str) for name in ckpt["classes"]))
     fit(C == network["in_channels"] and C in (1, 3))
     fit(network["out_channels"] == {"beta": C, "beta_tilde": C, "learned": 2 * C}[process["variance"]])
-    fit(H > 0 and W > 0 and H % factor == W % factor == 0)
+    fit(H % factor == W % factor == 0)
     if holds_run(ckpt):
         config, learns = ckpt["config"], process["variance"] == "learned"
         fit(isinstance(config["data"], str) and isinstance(config["labels"], bool) and ckpt["step"] > 0)
         fit(config["variance"] == ("learned" if learns else "fixed"))
+
+
+def check_network(network):
+    """The same, unless these are arguments of ddpm.UNet, each of its type and of a possible size."""
+    whole = dict(in_channels=3, out_channels=6, ch=8192, blocks=64, groups=8192)  # the largest of each
+    fit(network.keys() == {*whole, "mult", "attention", "dropout", "num_classes"})
+    fit(all(is_whole(network[name], 1, top) for name, top in whole.items()))
+    for name, low, high in (("mult", 1, 64), ("attention", 0, 15)):
+        fit(isinstance(network[name], (tuple, list)) and len(network[name]) <= 16)
+        fit(all(is_whole(n, low, high) for n in network[name]))
+    fit(isinstance(network["dropout"], (int, float)) and 0 <= network["dropout"] < 1)
+    fit(network["num_classes"] is None or is_whole(network["num_classes"], 1, 10**6))
+
+
+def is_whole(n, low, high):
+    return type(n) is int and low <= n <= high
+
+
+def check_optimizer(saved, optimizer):
+    """The same, unless `saved` is what this optimiser would hold: in names, shapes, types, layout and
+    settings. Its kernels believe what they are given, and would write beyond the end of a short tensor."""
+    own, weights = optimizer.state_dict()["param_groups"], optimizer.param_groups[0]["params"]
+    fit(saved.keys() == {"state", "param_groups"} and len(saved["param_groups"]) == 1)
+    fit(own[0].keys() == saved["param_groups"][0].keys())
+    for name, value in saved["param_groups"][0].items():
+        fit(type(value) is type(own[0][name]) and (name == "lr" or value == own[0][name]))
+    fit(0 <= saved["param_groups"][0]["lr"] < math.inf)
+    fit(list(saved["state"]) == list(range(len(weights))))
+    for state, weight in zip(saved["state"].values(), weights):
+        fit(state.keys() == {"step", "exp_avg", "exp_avg_sq"})
+        fit(state["step"].shape == () and state["step"].dtype == torch.float32)
+        for average in (state["exp_avg"], state["exp_avg_sq"]):
+            fit(average.dtype == weight.dtype and average.layout == weight.layout)
+            fit(average.shape == weight.shape and average.stride() == weight.stride())
 
 
 def check_weights(network, weights, size):
@@ -123,6 +165,7 @@ def check_weights(network, weights, size):
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in ddpm.UNet(**network).state_dict().items()}
     fit({name: tensor.shape for name, tensor in weights.items()} == shapes)
+    fit(all(tensor.dtype == torch.float32 and tensor.layout == torch.strided for tensor in weights.values()))
     fit(sum(tensor.nbytes for tensor in weights.values()) <= size)
 
 

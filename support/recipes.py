@@ -76,10 +76,10 @@ def resumed(cfg, given, saved):
                              f"{saved['config'][name]}, and cannot change it")
     fit({"data", "seed", "timesteps", *PAPER} <= set(saved["config"]))
     settings = command.restored(type(cfg), saved["config"])
-    settings.update({name: getattr(cfg, name) for name in given}, resume=cfg.resume, init=None)
-    if "out" not in given:
-        settings["out"] = cfg.resume
-    return type(cfg)(**settings)
+    # Where this run writes is said by its own command line: a file may come from a stranger.
+    own = dict(data_dir=cfg.data_dir, log=cfg.log, init=None, resume=cfg.resume,
+               out=cfg.out if "out" in given else cfg.resume)
+    return type(cfg)(**(settings | {name: getattr(cfg, name) for name in given} | own))
 
 
 def network(cfg, shape, classes, start=None):

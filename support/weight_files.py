@@ -169,8 +169,9 @@ def check_tensor(name, tensor):
         raise ValueError(f"{shown(name)} is not contiguous")
 
 
-def check_archive(path):
-    """Refuses what torch.load would unpack: compressed members; and a pickle that asks for more."""
+def check_archive(path, plain=PLAIN):
+    """ValueError for what torch.load would unpack to any size, which are compressed members, and for a
+    pickle that asks for anything but `plain`."""
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
         if any(member.compress_type != zipfile.ZIP_STORED for member in members):
@@ -179,7 +180,7 @@ def check_archive(path):
         if len(pickles) != 1 or pickles[0].file_size > LARGEST_PICKLE:
             raise ValueError("not an archive of PyTorch's")
         with archive.open(pickles[0]) as file:
-            check_pickle(file)
+            check_pickle(file, plain)
 
 
 def check_old(path):
@@ -191,9 +192,9 @@ def check_old(path):
             check_pickle(file)
 
 
-def check_pickle(file):
+def check_pickle(file, plain=PLAIN):
     """ValueError if a pickle asks for anything but plain tensors. torch.load runs no code either, but
     what it does allow, such as bytearray(10**12), takes memory."""
     for op, argument, _ in pickletools.genops(file):
-        if op.name in ("GLOBAL", "INST", "STACK_GLOBAL") and argument not in PLAIN:
+        if op.name in ("GLOBAL", "INST", "STACK_GLOBAL") and argument not in plain:
             raise ValueError(f"it asks for {shown(argument or 'a name')}, which is no tensor")

@@ -56,7 +56,7 @@ from support.data import cifar10, folder
 
 RUN = ("--log log.jsonl --limit 20 --batch-size 8 --epochs 4 --width 4 --timesteps 4 --dropout 0.1 "
        "--flip yes --sample-every 1 --precision fp32 --device cpu").split()  # fmt: skip
-RESUME = ["--resume", "ckpt.pt"]
+RESUME = "--resume ckpt.pt --log log.jsonl".split()
 SAMPLING = ["--ckpt", "ckpt.pt", "--out", "a.png", "--n", "4"]
 STEPS = 10
 

@@ -8,6 +8,7 @@ import torch
 
 from support.data import cifar10, folder, glyphs
 from support.errors import Failure, UsageError
+from support.progress import note
 
 
 class Data(NamedTuple):
@@ -55,6 +56,8 @@ def held_out(ckpt, name=None, data_dir="data", skip_broken=False, limit=None):
     """
     own, (C, H, W) = ckpt.get("config", {}).get("data"), ckpt["shape"]  # converted weights have no data
     name = os.path.abspath(name) if name and is_folder(name) else name or own
+    if name == own and own and is_folder(own):  # a path out of a file is shown before it is read
+        note(f"images of {own}, which the checkpoint names")
     if not name:
         raise UsageError("--data: this checkpoint does not say what it was trained on; name images")
     labelled = bool(ckpt["classes"])

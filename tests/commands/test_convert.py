@@ -194,7 +194,7 @@ def test_evaluate_takes_converted_weights_and_asks_for_images(call, theirs, tmp_
     change(theirs, "scheduler/scheduler_config.json", clip_sample=False)
     converted(call, theirs)
     status, _, err = call(evaluate, "--ckpt", "new.pt")
-    assert status == 2 and "--data: new.pt does not say what it was trained on" in err
+    assert status == 2 and "--data: this checkpoint does not say what it was trained on" in err
     folder_of(tmp_path)
     clips, bound_terms = [], ddpm.bound_terms
     monkeypatch.setattr(ddpm, "bound_terms", lambda *a: clips.append(a[4]) or bound_terms(*a))

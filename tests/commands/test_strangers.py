@@ -1,0 +1,152 @@
+"""Checkpoints from strangers: sealed as ours, but with contents that this program would not have written."""
+
+import io
+import os
+import subprocess
+import sys
+import zipfile
+
+import pytest
+import torch
+from running import ROOT, TINY, stripes
+
+import sample
+import train
+from support import checkpoint
+
+
+def change(part, **values):
+    """An edit of one dictionary of the checkpoint."""
+    def edit(ckpt):
+        ckpt[part].update(values)
+    return edit
+
+
+def state(name, make):
+    """An edit of one tensor of the optimiser."""
+    def edit(ckpt):
+        of_first = ckpt["optimizer"]["state"][0]
+        of_first[name] = make(of_first[name])
+    return edit
+
+
+def group(**values):
+    def edit(ckpt):
+        ckpt["optimizer"]["param_groups"][0].update(values)
+    return edit
+
+
+def without(part, name):
+    def edit(ckpt):
+        del ckpt[part][name]
+    return edit
+
+
+OPTIMISERS = {
+    "a short average": state("exp_avg", lambda x: torch.zeros(3)),
+    "one number as an average": state("exp_avg_sq", lambda x: torch.zeros(1).expand(x.shape)),
+    "an average in another layout": state("exp_avg", lambda x: torch.zeros(x.shape).mT.contiguous().mT),
+    "an average in float64": state("exp_avg", lambda x: x.double()),
+    "an average that is a list": state("exp_avg", lambda x: x.tolist()),
+    "a step that is a number": state("step", lambda x: 3),
+    "two steps": state("step", lambda x: x.repeat(2)),
+    "another setting": group(weight_decay=0.5),
+    "a setting of another type": group(betas=[0.9, 0.999]),
+    "a setting more": group(momentum=0.9),
+    "an infinite rate": group(lr=float("inf")),
+    "no state": lambda ckpt: ckpt["optimizer"].update(state={}),
+    "the states of other weights": lambda ckpt: ckpt["optimizer"]["state"].update({999: {}}),
+    "two groups": lambda ckpt: ckpt["optimizer"].update(param_groups=ckpt["optimizer"]["param_groups"] * 2),
+}
+CONTENTS = {
+    "no groups": change("network", groups=0),
+    "a level of no channels": change("network", mult=(0, 1, 1)),
+    "blocks below 0": change("network", blocks=-1),
+    "channels that are true": change("network", ch=True),
+    "a text for channels": change("network", ch="8"),
+    "attention at a level that is not there": change("network", attention=(9,)),
+    "an argument more": change("network", depth=3),
+    "an argument less": without("network", "dropout"),
+    "a dropout above 1": change("network", dropout=1.5),
+    "more classes than names": change("network", num_classes=10**9),
+    "a size of no image": lambda ckpt: ckpt.update(shape=(1, 10**9, 16)),
+    "a step below 0": lambda ckpt: ckpt.update(step=-1),
+    "weights in float64": lambda ckpt: ckpt.update(ema={k: v.double() for k, v in ckpt["ema"].items()}),
+    "a table that is none": change("process", beta=torch.zeros(3)),
+    "a schedule of another name": change("process", schedule="steep"),
+}
+
+
+def edited(ckpt, edit, path):
+    saved = checkpoint.load(ckpt)
+    edit(saved)
+    checkpoint.save(path, saved)
+
+
+@pytest.mark.parametrize("edit", OPTIMISERS.values(), ids=OPTIMISERS)
+def test_an_optimiser_that_is_not_this_runs_own_is_refused(call, ckpt, tmp_path, edit):
+    """In names, shapes, types, layout and settings: a kernel would write beyond the end of a short tensor."""
+    edited(ckpt, edit, tmp_path / "a.pt")
+    status, _, err = call(train, "--resume", "a.pt", "--epochs", 9)
+    assert (status, err) == (1, "train.py: error: a.pt: its contents do not fit together\n")
+
+
+@pytest.mark.parametrize("edit", CONTENTS.values(), ids=CONTENTS)
+def test_a_value_that_could_not_have_been_written_is_refused(call, ckpt, tmp_path, edit):
+    """By type and range, where it is read; by every command."""
+    edited(ckpt, edit, tmp_path / "a.pt")
+    for command, flags in (train, ["--resume", "a.pt"]), (sample, ["--ckpt", "a.pt", "--out", "a.png"]):
+        status, _, err = call(command, *flags)
+        assert status == 1 and err.endswith("a.pt: its contents do not fit together\n"), err
+
+
+def test_a_gigantic_network_is_refused_before_it_takes_memory_and_under_python_O(ckpt, tmp_path):
+    """A network of 64 times the channels, in a process of 3 GB that drops assertions."""
+    edited(ckpt, change("network", ch=4096, groups=32), tmp_path / "a.pt")
+    command = f"ulimit -v 3000000; {sys.executable} -O {ROOT / 'sample.py'} --ckpt a.pt --out a.png"
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=60,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert done.returncode == 1 and done.stderr.endswith("a.pt: its contents do not fit together\n"), done
+
+
+def test_a_compressed_archive_is_not_unpacked(call, ckpt, tmp_path):
+    """torch.save never compresses; a file of a megabyte could become any number of them."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(ckpt) as old, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as new:
+        for member in old.infolist():
+            new.writestr(member.filename, old.read(member))
+    data = packed.getvalue() + checkpoint.SEAL
+    (tmp_path / "a.pt").write_bytes(data + checkpoint.hashlib.sha256(packed.getvalue()).digest())
+    status, _, err = call(sample, "--ckpt", "a.pt", "--out", "a.png")
+    assert status == 1 and "a.pt: sealed as a checkpoint, but cannot be read as one" in err
+
+
+def test_too_little_memory_is_not_a_foreign_file(call, ckpt, monkeypatch):
+    def full(*args, **how):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(torch, "load", full)
+    status, _, err = call(sample, "--ckpt", ckpt, "--out", "a.png")
+    assert status == 1 and "out of memory" in err
+
+
+def test_no_path_of_a_checkpoint_is_written_to(call, ckpt, tmp_path):
+    """Its log and its folder of caches are not those of the run that goes on."""
+    there = tmp_path / "there"
+    edited(ckpt, change("config", log=str(there / "log"), data_dir=str(there), out=str(there / "out.pt")),
+           tmp_path / "a.pt")  # fmt: skip
+    there.mkdir()
+    status, _, err = call(train, "--resume", "a.pt", "--epochs", 5, "--sample-every", 0)
+    assert status == 0, err
+    assert not list(there.iterdir()) and checkpoint.load(tmp_path / "a.pt")["config"]["log"] is None
+
+
+def test_a_path_of_a_checkpoint_is_shown_before_it_is_read(call, tmp_path):
+    """So that a person can see what a stranger's file makes the command read."""
+    (tmp_path / "album").mkdir()
+    stripes(20, 20).save(tmp_path / "album" / "a.png")
+    tiny = [flag for flag in TINY if flag not in ("--limit", "64")]
+    assert call(train, "--data", "album", "--size", 8, *tiny, "--epochs", 1)[0] == 0
+    (tmp_path / "album" / "a.png").unlink()
+    status, out, err = call(train, "--resume", "ckpt.pt", "--epochs", 2)
+    assert status == 1 and out == f"ckpt.pt: goes on with the images of {tmp_path / 'album'}\n", (out, err)
