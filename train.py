@@ -18,7 +18,7 @@ import pathlib
 import shlex
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -100,8 +100,6 @@ class Config:
 
 def main(cfg, given):
     # Settings: the command line's, completed by what suits the data, or those of the run to resume.
-    if data.is_folder(cfg.data):  # its absolute path: the run may be resumed from another folder
-        cfg = replace(cfg, data=os.path.abspath(cfg.data))
     saved, start = (checkpoint.load(path) if path else None for path in (cfg.resume, cfg.init))
     with checkpoint.refusing(cfg.resume or cfg.init):
         cfg = recipes.settled(cfg, given, saved, start)

@@ -2,6 +2,7 @@
 from, and its network's sizes."""
 
 import math
+import os
 import pathlib
 from dataclasses import replace
 
@@ -21,6 +22,8 @@ GLYPHS = dict(batch_size=32, lr=4e-3, warmup=20, decay="cosine", ema=0.999, drop
 
 def settled(cfg, given, saved=None, start=None):
     """The settings of a run: a new one, one to resume (`saved`), or one from other weights (`start`)."""
+    if is_folder(cfg.data):  # its absolute path: the run may be resumed from another folder
+        cfg = replace(cfg, data=os.path.abspath(cfg.data))
     if saved:
         return resumed(cfg, given, saved)
     return started(cfg, given, start) if start else complete(cfg)
