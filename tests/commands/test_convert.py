@@ -751,7 +751,7 @@ def test_the_code_of_the_page_writes_the_images_of_cifar10_as_the_tools_want_the
     pixels = np.arange(2 * 3 * 32 * 32).astype(np.uint8).reshape(2, 3, 32, 32)
     monkeypatch.setattr(cifar10, "load", lambda folder, training: (pixels, np.zeros(2)) if training else None)
     monkeypatch.chdir(tmp_path)
-    (code,) = (block for kind, block in BLOCKS if kind == "python")
+    (code,) = (block for kind, block in BLOCKS if kind == "py")
     exec(code, {})
     images = pixels.transpose(0, 2, 3, 1)
     assert np.array_equal(np.load("cifar10-train.npz")["arr_0"], images)
