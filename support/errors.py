@@ -19,5 +19,6 @@ def printable(text):
 
 def out_of_memory(error):
     """Whether an exception says that memory ran out, of the machine or of its GPU."""
-    words = ("allocate memory", "out of memory")  # of the CPU's allocator; of CUDA, which may not even start
+    # Of the CPU's allocator; of CUDA, which may not even start; of oneDNN, which gives no reason.
+    words = ("allocate memory", "out of memory", "could not create a primitive")
     return isinstance(error, MemoryError) or any(word in str(error) for word in words)
