@@ -173,9 +173,9 @@ def ticker(calls):
     return tick
 
 
-def times(T, shares=(1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.1, 0)):
-    """The ten steps that a row of pictures shows, T first and 0 last; fewer, if T is small."""
-    return sorted({round(T * share) for share in shares}, reverse=True)
+def times(T):
+    """The steps that a row of pictures shows: T, 0 and nine evenly between; fewer, if T is small."""
+    return sorted({round(T * tenth / 10) for tenth in range(11)}, reverse=True)
 
 
 # --- 1. No network -------------------------------------------------------------------------------
@@ -203,8 +203,8 @@ def schedules(scene):
     """Three schedules: the noise of a step, what is left of the image, and signal to noise.
 
     Look at the middle: alpha_bar_t is the image's share of the variance of x_t. The linear schedule has
-    spent it at t = 600, the cosine one falls evenly. On the right: from hardly any noise to hardly any
-    image, the ratio of the two falls over ten powers of ten.
+    spent it at t = 600, the cosine one falls evenly. On the right: the ratio falls by eight powers of
+    ten or more. The cosine schedule leaves the least of an image, but only in its last few steps.
     """
     t, x = np.arange(1, 1001), Axis("step t", 0, 1000)
     each = {"linear": ddpm.linear_schedule(), "cosine": ddpm.cosine_schedule(),
@@ -215,7 +215,7 @@ def schedules(scene):
     charts = [
         (beta, Axis("beta_t", 1e-5, 1, log=True), "Noise that a step adds"),
         (left, Axis("alpha_bar_t", 0, 1), "What is left of the image"),
-        (ratio, Axis("alpha_bar_t / (1 - alpha_bar_t)", 1e-6, 1e6, log=True), "Signal to noise"),
+        (ratio, Axis("alpha_bar_t / (1 - alpha_bar_t)", 1e-9, 1e6, log=True), "Signal to noise"),
     ]
     return joined([lines(x, y, series, title, (276, 290)) for series, y, title in charts])
 
@@ -229,14 +229,15 @@ def similarity(e):
 def embedding(scene):
     """The sinusoids by which the network is told t, and how similar they are for two steps t and t'.
 
-    Look at one row on the left: the fast channels of the sines (0 to 63) and the cosines tell it from the
-    next row, the slow ones tell early from late. On the right, the dark diagonal: near steps look
-    alike to the network, so that what it learns at one step serves the next.
+    Look at one row on the left: the fast channels of the sines and of the cosines tell it from the next
+    row, the slow ones tell early from late. On the right, the dark diagonal: near steps look alike to
+    the network, so that what it learns at one step serves the next.
     """
     t, y = torch.arange(1, 1001), Axis("step t", 0, 1000)
     e = ddpm.timestep_embedding(t - 1, 128)
-    left = heat(Axis("channel", 0, 128), y, e, "Embedding of t", (400, 390))
-    right = heat(Axis("step t'", 0, 1000), y, similarity(e), "Similarity of t and t'", (400, 390))
+    channel = Axis("channel: 0 to 63 sines, 64 to 127 cosines", 0, 128)
+    left = heat(channel, y, e, "Embedding of t", (400, 390))
+    right = heat(Axis("step t'", 0, 1000), y, similarity(e), "Similarity of t and t'", (400, 390), low=0)
     return joined([left, right])
 
 
@@ -246,14 +247,15 @@ def embedding(scene):
 def epochs(scene):
     """A network learns: images of the same seeds, as it drew them after each epoch, or every few.
 
-    Look down a column. A row is the first column of a grid that train.py wrote beside the checkpoint,
-    ten images at most.
+    Look down a column, below the class that was asked for, if any. A row is the first column of a grid
+    that train.py wrote beside the checkpoint, ten images at most.
     """
-    rows, ((tall, wide), _) = [], cell(*scene.ckpt["shape"][1:])
+    rows, ((tall, wide), _), classes = [], cell(*scene.ckpt["shape"][1:]), scene.ckpt["classes"]
     for path in scene.grids:
         column = np.asarray(Image.open(path).convert("RGB"))[:, 2:wide]
         rows.append([column[top : top + tall - 2] for top in range(2, len(column) - 2, tall)][:10])
-    return sheet(rows, beside=[f"epoch {int(path.suffixes[-2][1:])}" for path in scene.grids], scale=1)
+    asked = [classes[y] for y in sampling.class_labels(classes)[0][: len(rows[0])]] if classes else []
+    return sheet(rows, asked, [f"epoch {int(path.suffixes[-2][1:])}" for path in scene.grids], scale=1)
 
 
 def loss(scene):
@@ -309,8 +311,8 @@ def reverse(scene):
     """From noise to an image: x_t, and below it the x0 that the network sees in it (DDPM fig. 6).
 
     Look at each second row. The network's first guess is a blur, the mean of all images that x_t may
-    become; then the shape is settled, and last the edges. At t = T there is none: x_t holds no image,
-    and eq. 15 divides by almost 0.
+    become; then the shape is settled, and last the edges. At t = T there is none (grey): x_t holds no
+    image, and eq. 15 divides by almost 0.
     """
     d, n, at = scene.d, scene.cfg.n or 3, times(scene.d.T)
     calls = len({*ddpm.ddim_grid(d.T, min(100, d.T)), *at} - {0})
@@ -319,7 +321,7 @@ def reverse(scene):
     for i in range(n):
         rows.append([to_uint8(path[t][0])[i] for t in at])
         rows.append([to_uint8(path[t][1])[i] if d.alpha_bar[t] > 1e-4 else None for t in at])
-    return sheet(rows, [f"t = {t}" for t in at], ["x_t", "its x0"] * n)
+    return sheet(rows, [f"t = {t}" for t in at], ["x_t", "predicted x0"] * n)
 
 
 def decoded(model, d, xt, t, generator, steps=50):
@@ -330,8 +332,8 @@ def decoded(model, d, xt, t, generator, steps=50):
 def shared(scene):
     """Several images from one noisy x_t: what they share is what x_t has decided (DDPM fig. 7).
 
-    Look along a row; its samples differ only by the noise of the steps after t. From t = T all is
-    open. The smaller t, the more is settled: first the rough shape, then the character, then its edges.
+    Look along a row; its samples differ only by the noise of the steps from t down to 0. From t = T all
+    is open. The smaller t, the more is settled: first the rough shape, then the character, then its edges.
     """
     d, n, x0, rows = scene.d, scene.cfg.n or 8, scene.x0[:1], []
     at = sorted({max(1, d.T * quarter // 4) for quarter in (1, 2, 3, 4)}, reverse=True)
@@ -340,7 +342,9 @@ def shared(scene):
         xt = d.q_sample(x0, t, scene.noise(1))
         samples = decoded(model, d, xt.expand(n, -1, -1, -1), t, scene.generators(n))
         rows.append(to_uint8(torch.cat([x0, xt, samples])))
-    return sheet(rows, ["image", "x_t", *(f"sample {i + 1}" for i in range(n))], [f"t = {t}" for t in at])
+    title = "Samples of one x_t: only the noise of the steps from t down to 0 differs"
+    above = ["image", "x_t", *(f"sample {i + 1}" for i in range(n))]
+    return sheet(rows, above, [f"t = {t}" for t in at], title)
 
 
 def interpolated(model, d, pair, t, shares, eps, generator):
@@ -360,7 +364,7 @@ def interpolation(scene):
     small t also lays one image over the other; a larger one makes a whole image of the mixture; at t = T
     any image can come, whichever two were mixed.
     """
-    d, shares, rows = scene.d, [0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1], []
+    d, shares, rows = scene.d, [eighth / 8 for eighth in range(9)], []
     at = sorted({max(1, d.T * eighth // 8) for eighth in (1, 2, 4, 5, 6, 8)})
     labels = [0] if scene.labels is None else scene.labels.tolist()
     second = next((i for i, y in enumerate(labels) if y != labels[0]), len(scene.x0) - 1)
@@ -369,8 +373,9 @@ def interpolation(scene):
         same = [torch.Generator().manual_seed(scene.cfg.seed) for _ in shares]  # only the share differs
         mixtures = interpolated(model, d, pair, t, shares, scene.noise(2), same)
         rows.append(to_uint8(torch.cat([pair[:1], mixtures, pair[1:]])))
-    above = ["one", *(f"{share:.0%}" for share in shares), "other"]
-    return sheet(rows, above, [f"t = {t}" for t in at])
+    title = "Mixtures of two x_t: all columns share the noise, only the share of the other differs"
+    above = ["one", *(f"{100 * share:g}%" for share in shares), "other"]
+    return sheet(rows, above, [f"t = {t}" for t in at], title)
 
 
 def steps(scene):
@@ -409,7 +414,8 @@ def guidance(scene):
     n = min(scene.cfg.n or 10, len(classes))
     tick = ticker(k * len(strengths))
     rows = [scene.sample(n, tick, steps=k, eta=1.0, guidance=w) for w in strengths]
-    return sheet(rows, [classes[y] for y in scene.spread(n)], [f"w = {w}" for w in strengths])
+    return sheet(rows, [classes[y] for y in scene.spread(n)],
+                 [f"w = {w}{' (no class)' * (w == -1)}" for w in strengths])
 
 
 # --- 4. The bound --------------------------------------------------------------------------------
@@ -441,27 +447,32 @@ def rate_and_distortion(terms, error):
 def rate(scene):
     """How well an image is known after so many bits, as x_T, .., x_1 are sent one by one (DDPM fig. 5).
 
-    Look at how the curve begins: a small part of the bits leaves little to see of the error. All the
-    others describe what the eye hardly notices, which makes a good lossy compressor.
+    Look at how the curve begins: the first tenth of the bits removes most of the error. All the others
+    describe what the eye hardly notices, which makes a good lossy compressor. The paper's quantities; the
+    error is on a log scale, since on the paper's linear one the curve follows the axes.
     """
     terms, error = scene.bound
     bits, rmse = rate_and_distortion(terms.mean(1), error)
-    x, y = span("rate, bits/dim", [[0], bits]), span("distortion, RMSE on 0..255", [[0], rmse])
+    x, y = span("rate, bits/dim", [[0], bits]), span("distortion, RMSE on 0..255", [rmse], log=True)
     curves = {f"{name}: {row[0]:.2f} bits/dim": (row, rmse) for name, row in zip(VARIANCES, bits)}
     return lines(x, y, curves, "Distortion against rate", (620, 380), wide=1)
 
 
 def terms(scene):
-    """What each step costs: the terms L_{t-1} of the bound, averaged over held-out images.
+    """What each step costs: the terms L_{t-1} of the bound, L_0 first, averaged over held-out images.
 
-    Look at the left end: the last steps of sampling, in which nothing seems to change, cost most of the
-    bits. That is where the choice of sigma^2 matters; at large t, all do the same.
+    Look at the left ends: the last steps of sampling, in which nothing seems to change, cost most of the
+    bits. There the choice of sigma^2 matters, as their ratio to those of beta_tilde shows; at large t, all
+    do the same. Beside the names: the whole bound, L_T included.
     """
     mean, t = scene.bound[0].mean(1), np.arange(1, scene.d.T + 1)
-    curves = {f"{name}: {row.sum():.3f} bits/dim": (t, row[:-1]) for name, row in zip(VARIANCES, mean)}
-    y = span("L_{t-1}, bits/dim", [row[:-1] for row in mean], log=True)
-    x = Axis("step t", 1, max(2, scene.d.T), log=True)
-    return lines(x, y, curves, "The bound by its terms", (760, 400), wide=1)
+    cost, x = mean[:, :-1].numpy(), Axis("step t", 1, max(2, scene.d.T), log=True)
+    ratio, sums = cost / cost[1], [f"{name}: {row.sum():.3f}" for name, row in zip(VARIANCES, mean)]
+    left = lines(x, span("L_{t-1}, bits/dim", cost, log=True), {n: (t, v) for n, v in zip(VARIANCES, cost)},
+                 "Terms of the bound", (430, 380), wide=1)  # fmt: skip
+    right = lines(x, span("ratio", ratio), {n: (t, v) for n, v in zip(sums, ratio)},
+                  "Their ratio to beta_tilde's, and sums in bits/dim", (450, 380))  # fmt: skip
+    return joined([left, right])
 
 
 VARIANCES = ["sigma^2 = beta", "beta_tilde", "learned"]  # the rows of Scene.bound

@@ -66,7 +66,7 @@ def ticks(axis):
         step = spacing(low, high)
         return [k * step for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
     steps = [v for v in ladder(low, high) if low <= v * (1 + 1e-9) and v <= high * (1 + 1e-9)]
-    powers = steps if high / low < 1000 else [v for v in steps if f"{v:e}".startswith("1.")]
+    powers = steps if high / low <= 101 else [v for v in steps if f"{v:e}".startswith("1.")]
     return powers[:: -(-len(powers) // 7)]
 
 
@@ -116,10 +116,10 @@ def lines(x, y, series, title="", size=(400, 320), dots=False, wide=0):
     return picture.reduce(ZOOM)
 
 
-def heat(x, y, values, title="", size=(400, 320)):
+def heat(x, y, values, title="", size=(400, 320), low=-1):
     """A chart of values (rows, columns) in -1..1 as colours: blue, white at 0, vermilion; row 0 at the top.
 
-    Its rows go along y, from y.low at the top, its columns along x. A bar shows the scale.
+    Its rows go along y, from y.low at the top, its columns along x. A bar shows the scale, from low to 1.
     """
     picture, pen = blank(size)
     left, top, right, bottom = LEFT, TOP, size[0] - RIGHT, size[1] - BOTTOM
@@ -127,10 +127,10 @@ def heat(x, y, values, title="", size=(400, 320)):
     colours = Image.fromarray(diverging(np.asarray(values)))
     picture.paste(colours.resize((wide, tall), Image.Resampling.BOX), (left * ZOOM, top * ZOOM))
     axes(pen, x, Axis(y.name, y.high, y.low), title, size, grid=False)
-    bar = Image.fromarray(diverging(np.linspace(-1, 1, 101)[None])).resize((100 * ZOOM, 9 * ZOOM))
+    bar = Image.fromarray(diverging(np.linspace(low, 1, 101)[None])).resize((100 * ZOOM, 9 * ZOOM))
     picture.paste(bar, ((right - 120) * ZOOM, (top - 20) * ZOOM))
-    for at, text in ((right - 124, "-1"), (right - 16, "1")):
-        write(pen, at, top - 15, text, "rm" if text == "-1" else "lm", SMALL, GREY)
+    write(pen, right - 124, top - 15, f"{low:g}", "rm", SMALL, GREY)
+    write(pen, right - 16, top - 15, "1", "lm", SMALL, GREY)
     return picture.reduce(ZOOM)
 
 
@@ -145,14 +145,14 @@ def axes(pen, x, y, title, size, grid=True):
     """The frame of a chart: title, lines at the ticks, their numbers, the names of both axes."""
     left, top, right, bottom = LEFT, TOP, size[0] - RIGHT, size[1] - BOTTOM
     write(pen, left, 14, title, "lm", TITLE)
-    for value in ticks(x):
+    for value, text in numbers(ticks(x)):
         at, _ = pixel(x, y, value, y.low, size)
         stroke(pen, (at, top if grid else bottom, at, bottom + 4), FAINT if grid else INK)
-        write(pen, at, bottom + 6, number(value), "mt", SMALL, GREY)
-    for value in ticks(y._replace(low=min(y[1:3]), high=max(y[1:3]))):
+        write(pen, at, bottom + 6, text, "mt", SMALL, GREY)
+    for value, text in numbers(ticks(y._replace(low=min(y[1:3]), high=max(y[1:3])))):
         _, at = pixel(x, y, x.low, value, size)
         stroke(pen, (left - 4, at, right if grid else left, at), FAINT if grid else INK)
-        write(pen, left - 8, at, number(value), "rm", SMALL, GREY)
+        write(pen, left - 8, at, text, "rm", SMALL, GREY)
     stroke(pen, (left, top, left, bottom), INK)
     stroke(pen, (left, bottom, right, bottom), INK)
     write(pen, (left + right) / 2, size[1] - 12, x.name, "mm", TEXT)
@@ -167,12 +167,13 @@ def legend(pen, names, left, at):
         left += 18 + 11 + ImageFont.load_default(SMALL).getlength(name)
 
 
-def number(value):
-    """A tick's text: plain from 0.001 to 10000, else with its power of ten."""
-    if value == 0 or 1e-3 < abs(value) < 1e5:
-        return f"{value:g}"
-    digits, power = f"{value:.0e}".split("e")
-    return f"{digits}e{int(power)}"
+def numbers(values):
+    """(value, its text) of each tick: plain if all are from 0.001 to 10000, else with its power of ten."""
+    if all(value == 0 or 1e-3 <= abs(value) < 1e5 for value in values):
+        return [(value, f"{value:g}") for value in values]
+    parts = [f"{value:.3e}".split("e") for value in values]
+    return [(value, f"{float(digits):g}e{int(power)}" if value else "0")
+            for value, (digits, power) in zip(values, parts)]  # fmt: skip
 
 
 # --- Rows of images ------------------------------------------------------------------------------
@@ -181,7 +182,7 @@ def number(value):
 def sheet(rows, above=(), beside=(), title="", scale=None, gap=4):
     """Rows of images uint8 (H, W, C), all of one size, with captions above the columns and beside the rows.
 
-    None leaves a place empty. Small images are enlarged by a whole factor, to 64 pixels or by `scale`.
+    None is a grey cell. Small images are enlarged by a whole factor, to 64 pixels or by `scale`.
     """
     H, W, _ = next(image for row in rows for image in row if image is not None).shape
     scale = scale or max(1, 64 // max(H, W))
@@ -196,13 +197,14 @@ def sheet(rows, above=(), beside=(), title="", scale=None, gap=4):
         write(pen, left + j * W + (W + gap) / 2, top - 10, text, "mm", SMALL, GREY)
     for i, text in enumerate(beside):
         write(pen, left - 7, top + i * H + (H + gap) / 2, text, "rm", TEXT)
-    picture = picture.reduce(ZOOM)
+    picture, empty = picture.reduce(ZOOM), Image.new("RGB", (W - gap, H - gap), FAINT)
     for i, row in enumerate(rows):
         for j, image in enumerate(row):
+            cell = empty
             if image is not None:
-                cell = Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image)
-                cell = cell.resize((W - gap, H - gap), Image.Resampling.NEAREST)
-                picture.paste(cell.convert("RGB"), (left + gap + j * W, top + gap + i * H))
+                cell = Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image).convert("RGB")
+                cell = cell.resize(empty.size, Image.Resampling.NEAREST)
+            picture.paste(cell, (left + gap + j * W, top + gap + i * H))
     return picture
 
 

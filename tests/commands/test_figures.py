@@ -15,7 +15,7 @@ import evaluate
 import figures
 import reference_numpy as ref
 import train
-from support.plots import COLOURS
+from support.plots import COLOURS, FAINT, numbers, sheet
 
 LEVELS, WEIGHTS = np.array([-1.0, -0.2, 1.0]), np.array([0.5, 0.3, 0.2])  # of pixels: the best eps is known
 BETA = ref.linear_beta(12, 0.01, 0.5)
@@ -45,6 +45,14 @@ def images(n, side=4):
 
 
 # --- What is plotted -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("T", [1, 4, 10, 50, 1000])
+def test_a_row_of_pictures_shows_steps_from_T_to_0_as_even_as_whole_steps_can_be(T):
+    at = figures.times(T)
+    assert at[0] == T and at[-1] == 0 and len(at) == min(T, 10) + 1
+    assert np.ptp(np.diff(at)) <= (0 if T % 10 == 0 else 1), at
+
 
 
 def test_forward_shows_x_t_of_eq4_by_one_noise():
@@ -141,8 +149,9 @@ def printed_bound(text):
 
 
 @pytest.mark.parametrize("which", ["trained", "learned"])
-def test_terms_sum_to_what_evaluate_prints_and_the_curve_ends_at_its_rate_and_L_T(which, request, call):
-    """Of the same images by the same seeds; evaluate.py prints five decimals."""
+def test_terms_sum_to_what_evaluate_prints_and_the_curve_ends_at_its_rate_and_L_T(
+        which, request, call, monkeypatch):  # fmt: skip
+    """Of the same images by the same seeds; evaluate.py prints five decimals, the legend three."""
     path = request.getfixturevalue("ckpt" if which == "trained" else which)
     status, out, err = call(evaluate, "--ckpt", path, "--n", 5, "--seed", 3, "--device", "cpu")
     assert status == 0, err
@@ -155,6 +164,13 @@ def test_terms_sum_to_what_evaluate_prints_and_the_curve_ends_at_its_rate_and_L_
     bits, _ = figures.rate_and_distortion(terms.mean(1), error)
     close("the curve's end", bits[:, 0], np.add(rate, prior), 2e-5)
     assert len(terms) == (3 if which == "learned" else 2)
+    charts = []
+    monkeypatch.setattr(figures, "lines", lambda x, y, series, *_, **__: charts.append(series))
+    monkeypatch.setattr(figures, "joined", list)
+    figures.terms(scene)
+    cost, ratio = ([values for _, values in series.values()] for series in charts)
+    close("the legend", [float(name.split()[-1]) for name in charts[1]], total, 5.1e-4)
+    close("L_{t-1} of beta_tilde, times its ratio", np.multiply(ratio, cost[1]), terms.mean(1)[:, :-1], 1e-12)
 
 
 # --- The command ---------------------------------------------------------------------------------
@@ -199,18 +215,37 @@ def test_a_chain_of_one_step_has_all_figures_too(call, tmp_path):
     assert len(list((tmp_path / "f").iterdir())) == len(figures.FIGURES)
 
 
-def test_epochs_shows_the_first_image_of_each_class_of_every_grid(call, trained, ckpt, tmp_path):
-    """The top left image of the first grid is the top left one of the figure."""
+def test_epochs_shows_the_first_image_of_each_class_of_every_grid(call, trained, ckpt, tmp_path, monkeypatch):
+    """The top left image of the first grid is the top left one of the figure; its class stands above it."""
+    above = []
+    monkeypatch.setattr(figures, "sheet", lambda *rows, **how: above.extend(rows[1]) or sheet(*rows, **how))
     status, _, err = call(figures, "--ckpt", ckpt, "--out", "f", "--only", "epochs")
     assert status == 0, err
     grids = [np.asarray(Image.open(path)) for path in sorted(trained[0].glob("ckpt.0*.png"))]
-    sheet = np.asarray(Image.open(tmp_path / "f" / "epochs.png").convert("L"))
-    assert len(grids) == 2
-    left = sheet.shape[1] - 10 * 68  # ten digits of 64 pixels, four between them
+    picture = np.asarray(Image.open(tmp_path / "f" / "epochs.png").convert("L"))
+    assert len(grids) == 2 and above == [str(digit) for digit in range(10)]
+    top, left = picture.shape[0] - 2 * 68, picture.shape[1] - 10 * 68  # digits of 64 pixels, four between
     for row, grid in enumerate(grids):
         for digit in (0, 9):
-            cell = sheet[4 + 68 * row :, left + 68 * digit :][:64, :64]
+            cell = picture[top + 68 * row :, left + 68 * digit :][:64, :64]
             assert np.array_equal(cell, grid[2 + 66 * digit :, 2:][:64, :64]), (row, digit)
+
+
+def test_an_image_that_there_is_none_of_is_a_grey_cell():
+    """As reverse has it at t = T; the image beside it keeps its place."""
+    picture = np.asarray(sheet([[None, np.zeros((64, 64, 1), np.uint8)]]))
+    assert (picture[4:68, 4:68] == FAINT).all() and (picture[4:68, 72:136] == 0).all()
+
+
+def test_the_ticks_of_one_axis_have_one_notation():
+    for values, texts in (
+        ([0, 0.5, 1], ["0", "0.5", "1"]),
+        ([1e-3, 1, 1000], ["0.001", "1", "1000"]),
+        ([1e-6, 1e-3, 1, 1000], ["1e-6", "1e-3", "1e0", "1e3"]),
+        ([0, 5e-5, 1e-4, 1.5e-4], ["0", "5e-5", "1e-4", "1.5e-4"]),
+        ([-2e5, 0, 2e5], ["-2e5", "0", "2e5"]),
+    ):
+        assert numbers(values) == list(zip(values, texts))
 
 
 @pytest.mark.parametrize("flags, words", [
