@@ -33,14 +33,19 @@ class Config:
 def main(cfg, given):
     out, to_folder = pathlib.Path(cfg.out), cfg.out.endswith(("/", os.sep))
     refuse(cfg, out, to_folder)
-    held = read(cfg)
+    with checkpoint.refusing(cfg.ckpt):
+        held = read(cfg)
+        weights = held["weights"]  # one set stands for the average and for the last ones
+        parts = {name: held[name] for name in ("network", "shape", "classes", "process")}
+        parts = dict(parts, model=weights, ema=weights, step=0)
+        checkpoint.check_contents(parts)  # what the other commands would refuse is not written
+    if not all(weight.isfinite().all() for weight in weights.values()):
+        raise Failure(f"{cfg.ckpt}: its weights are not finite")
     if to_folder:
         with replacing_folder(out) as folder:
             diffusers_format.write_folder(folder, held)
     else:
-        weights = held["weights"]  # one set stands for the average and for the last ones
-        parts = {name: held[name] for name in ("network", "shape", "classes", "process")}
-        checkpoint.save(cfg.out, dict(parts, model=weights, ema=weights, step=0))
+        checkpoint.save(cfg.out, parts)
     describe(cfg, held)
 
 

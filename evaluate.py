@@ -13,7 +13,7 @@ import ddpm
 import improved
 from support import checkpoint, command, data, devices
 from support.command import flag
-from support.errors import Failure
+from support.errors import Failure, printable
 from support.progress import Progress
 
 
@@ -53,7 +53,7 @@ def called(cfg, ckpt):
     own = ckpt.get("config", {}).get("data")  # converted weights have none
     name = cfg.data or own
     trained_on = data.is_folder(name) and os.path.abspath(name) == own
-    return "images it was trained on" if trained_on else f"held-out images of {name}"
+    return "images it was trained on" if trained_on else f"held-out images of {printable(name)}"
 
 
 def bound(cfg, net, d, images, labels, ckpt, device):

@@ -32,7 +32,7 @@ from support import data, devices, sampling
 from support.checkpoint import learned, load_model
 from support.command import flag, run
 from support.errors import Failure, UsageError
-from support.files import replacing, takes_files
+from support.files import refuse_input, replacing, takes_files
 from support.pictures import cell, to_uint8
 from support.plots import Axis, heat, joined, lines, sheet, span
 from support.progress import Progress, say
@@ -69,6 +69,8 @@ def main(cfg, given):
     out = pathlib.Path(cfg.out)
     out.mkdir(exist_ok=True)
     takes_files(out / "new", cfg.out)
+    for name in names:
+        refuse_input(out / f"{name}.png", cfg.ckpt, cfg.log)
     for name in names:
         if name not in reasons:
             picture = FIGURES[name](scene)
@@ -280,8 +282,10 @@ def read_log(path):
         text = file.read()
     try:
         log = [json.loads(line) for line in text.splitlines()]
-        whole = bool(log) and all(line["epoch"] > 0 and line["loss"] > 0 for line in log)
-    except (ValueError, TypeError, KeyError):
+        numbers = [line.get(key) for line in log for key in ("epoch", "loss", "held_out")]
+        whole = all(0 < line["epoch"] and 0 < line["loss"] for line in log) and bool(log)
+        whole = whole and all(0 < number < 1e12 for number in numbers if number is not None)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         whole = False
     if not whole:
         raise Failure(f"--log {path}: not a log of train.py")

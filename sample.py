@@ -13,6 +13,7 @@ import torch
 from support import checkpoint, command, devices, pictures, sampling
 from support.command import flag
 from support.errors import Failure, UsageError
+from support.files import refuse_input
 from support.progress import Progress, say
 
 FRAMES = 24  # of a film, about
@@ -59,6 +60,7 @@ def main(cfg, given):
     # refusals come first, since sampling may take hours.
     device = devices.pick_device(cfg.device)
     kind = pictures.kind_of(cfg.out)
+    refuse_input(cfg.out, cfg.ckpt)
     ckpt, net, d = checkpoint.load_model(cfg.ckpt, cfg.weights, device)
     steps, eta, variance = sampler(cfg, ckpt, d.T)
     if cfg.guidance is not None and not ckpt["classes"]:

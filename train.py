@@ -149,9 +149,10 @@ def refuse_outputs(cfg, saved):
     """Refuses an output that cannot be written, or that would damage something else; notes a replaced one."""
     writable(cfg.out)
     writable(grid_name(cfg.out, 0))
-    above = pathlib.Path(cfg.out).resolve().parents
-    if data.is_folder(cfg.data) and pathlib.Path(cfg.data).resolve() in above:
-        raise UsageError(f"--out {cfg.out}: is inside --data, and would be taken for one of its images")
+    for name, path in (("--out", cfg.out), ("--log", cfg.log)):
+        above = pathlib.Path(path).resolve().parents if path else ()
+        if data.is_folder(cfg.data) and pathlib.Path(cfg.data).resolve() in above:
+            raise UsageError(f"{name} {path}: is inside --data, and would be taken for one of its images")
     if cfg.init and os.path.exists(cfg.out) and os.path.samefile(cfg.out, cfg.init):
         raise UsageError(f"--out {cfg.out}: is the checkpoint of --init, and would be lost; name another")
     if cfg.log:

@@ -52,7 +52,7 @@ def load(path):
         if out_of_memory(error):  # which is the machine's fault
             raise
         raise Failure(f"{path}: sealed as a checkpoint, but cannot be read as one") from None
-    if not isinstance(ckpt, dict) or "ddpm_format" not in ckpt:
+    if not isinstance(ckpt, dict) or type(ckpt.get("ddpm_format")) is not int:
         raise Failure(f"{path}: sealed as a checkpoint, but does not hold one")
     if ckpt["ddpm_format"] not in (1, FORMAT):
         raise Failure(f"{path}: its format, {ckpt['ddpm_format']}, is newer than this program's, "
@@ -106,10 +106,12 @@ def check_contents(ckpt):
     fit(all(isinstance(ckpt[name], kind) for name, kind in wanted.items()))
     network, (C, H, W), process = ckpt["network"], ckpt["shape"], ckpt["process"]
     check_network(network)
-    fit(is_whole(ckpt["step"], 0, 2**53) and is_whole(H, 1, 2**15) and is_whole(W, 1, 2**15))
+    fit(is_whole(ckpt["step"], 0, 2**53) and is_whole(H, 1, 2**22) and is_whole(W, 1, 2**22))
+    fit(H * W <= 2**22)  # as --size
     factor = 2 ** (len(network["mult"]) - 1)
     fit(all(isinstance(process[name], kind) for name, kind in PROCESS.items()))
     fit(process["beta"].dtype == torch.float64 and 1 < len(process["beta"]) <= 10**6 + 1)
+    ddpm.Diffusion(process["beta"])  # refuses what is no table of betas
     fit(process["schedule"] in (*SCHEDULES, "table"))
     fit(len(ckpt["classes"]) == (network["num_classes"] or 0))
     fit(all(isinstance(name, str) for name in ckpt["classes"]))

@@ -109,6 +109,8 @@ def restored(config, values):
     for f in fields(config):
         about, value = f.metadata, known.get(f.name)
         typed = f.name not in known or isinstance(value, f.type)
+        typed = typed and (not isinstance(value, (int, float)) or abs(value) <= 2**31)
+        typed = typed and (not isinstance(value, str) or (os.fsencode(value) and "\0" not in value))
         chosen = value is None or about["choices"] is None or value in about["choices"]
         if not (typed and chosen and (value is None or inside(value, about["low"], about["high"]))):
             raise ValueError(f.name)
@@ -136,7 +138,7 @@ def run(main, config, description):
         sys.stdout.flush()
     except OSError:
         silence(sys.stdout)
-    another = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK") != "0"
+    another = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "0") not in ("", "0")
     if status != 2 or not another:  # under torchrun, a wrong call is wrong in every process
         note(f"{pathlib.Path(sys.argv[0]).name}: error: {printable(message)}")
     sys.exit(status)

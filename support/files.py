@@ -13,7 +13,7 @@ import shutil
 import stat
 import time
 
-from support.errors import Failure
+from support.errors import Failure, UsageError
 
 
 def writable(path):
@@ -38,6 +38,13 @@ def takes_files(path, typed):
         partial.unlink()
     except OSError as error:
         raise Failure(f"{typed}: cannot be written there: {error.strerror}") from None
+
+
+def refuse_input(out, *inputs):
+    """Raises UsageError if `out` is one of the files that the command reads, by whatever path."""
+    for path in filter(None, inputs):
+        if os.path.exists(path) and os.path.exists(out) and os.path.samefile(path, out):
+            raise UsageError(f"--out: {out} is what the command reads; name another file")
 
 
 @contextlib.contextmanager

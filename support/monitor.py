@@ -34,7 +34,7 @@ class Monitor:
         self.epoch_began, self.stops = time.monotonic(), []
         self.log = cfg.log
         if cfg.log:
-            open(cfg.log, "a").close()  # a log that cannot be written is refused here
+            end_last_line(cfg.log)  # a log that cannot be written is refused here
 
     def describe(self, run, d, bf16):
         """Prints what is about to happen: data, network, diffusion, settings and steps."""
@@ -131,6 +131,15 @@ class Monitor:
             raise KeyboardInterrupt
 
 
+def end_last_line(path):
+    """Makes the log end with a whole line: a run that was killed may have left half of one."""
+    with open(path, "a+b") as file:
+        file.seek(max(0, os.path.getsize(path) - 10_000))
+        *_, last = file.read().split(b"\n")
+        if last:
+            file.truncate(os.path.getsize(path) - len(last))
+
+
 def refuse_log(path, others):
     """Raises an error if `path` cannot be written, is one of the files `others`, or exists and is no log."""
     writable(path)
@@ -141,7 +150,7 @@ def refuse_log(path, others):
             first = file.readline(10_000)
         try:
             known = {"step", "loss"} <= set(json.loads(first))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             known = False
         if not known:
             raise Failure(f"--log {path}: exists, and is not a log of train.py; name another file")

@@ -10,11 +10,13 @@ import os
 import sys
 import time
 
+from support.errors import printable
+
 
 def say(line):
-    """Prints a line on standard output, where it can be printed."""
+    """Prints a line on standard output, where it can be printed. It stays one, whatever is in it."""
     try:
-        print(line, flush=True)
+        print(printable(line), flush=True)
     except OSError:
         silence(sys.stdout)
 
@@ -22,7 +24,7 @@ def say(line):
 def note(line):
     """Prints a line on standard error, where it can be printed."""
     with contextlib.suppress(OSError):
-        print(line, file=sys.stderr, flush=True)
+        print(printable(line), file=sys.stderr, flush=True)
 
 
 def silence(stream):

@@ -79,6 +79,7 @@ def resumed(cfg, given, saved):
                              f"{saved['config'][name]}, and cannot change it")
     fit({"data", "seed", "timesteps", *PAPER} <= set(saved["config"]))
     settings = command.restored(type(cfg), saved["config"])
+    fit(not is_folder(settings["data"]) or (settings["size"] and settings["channels"]))
     # Where this run writes is said by its own command line: a file may come from a stranger.
     own = dict(data_dir=cfg.data_dir, log=cfg.log, init=None, resume=cfg.resume,
                out=cfg.out if "out" in given else cfg.resume)

@@ -93,6 +93,8 @@ def parse_entry(name, entry):
     if not all(isinstance(numbers, list) and all(type(n) is int and 0 <= n < 2**63 for n in numbers)
                for numbers in (shape, span)) or len(span) != 2:
         raise ValueError(f"{shown(name)}: its shape or data_offsets are no whole numbers")
+    if len(shape) > 8:  # the product of more would take its time
+        raise ValueError(f"{shown(name)}: of {len(shape):,} dimensions")
     if span[1] - span[0] != math.prod(shape) * DTYPES[dtype].itemsize:
         raise ValueError(f"{shown(name)}: {span[1] - span[0]:,} bytes, which are not those of its shape")
     return DTYPES[dtype], tuple(shape), *span
@@ -172,15 +174,38 @@ def check_tensor(name, tensor):
 def check_archive(path, plain=PLAIN):
     """ValueError for what torch.load would unpack to any size, which are compressed members, and for a
     pickle that asks for anything but `plain`."""
+    check_end(path)
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
         if any(member.compress_type != zipfile.ZIP_STORED for member in members):
             raise ValueError("its archive is compressed, which PyTorch's are not")
+        if sum(member.file_size for member in members) > os.path.getsize(path):
+            raise ValueError("its archive says that it holds more than the file")
         pickles = [member for member in members if member.filename.endswith("data.pkl")]
         if len(pickles) != 1 or pickles[0].file_size > LARGEST_PICKLE:
             raise ValueError("not an archive of PyTorch's")
         with archive.open(pickles[0]) as file:
             check_pickle(file, plain)
+
+
+def check_end(path):
+    """ValueError unless the directory of an archive lies where its last record says, and right before it:
+    torch looks at the one place and Python at the other, and each could be shown a directory of its own."""
+    with open(path, "rb") as file:
+        start = max(0, os.path.getsize(path) - 2**16)
+        file.seek(start)
+        tail = file.read()
+
+    def number(place, size):
+        return int.from_bytes(tail[place : place + size], "little")
+
+    last = end = tail.rfind(b"PK\5\6")
+    size, offset = number(last + 12, 4), number(last + 16, 4)
+    if tail[last - 20 : last - 16] == b"PK\6\7":  # records of 64 bits, which torch always writes
+        end = number(last - 12, 8) - start
+        size, offset = number(end + 40, 8), number(end + 48, 8)
+    if last < 76 or end not in (last, last - 76) or offset + size != start + end:
+        raise ValueError("the directory of its archive is not where it should be")
 
 
 def check_old(path):

@@ -64,6 +64,8 @@ def decode(path, size, channels):
         return "cannot be read as an image (it is a link to nothing)"
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
+    except MemoryError:
+        raise Failure(f"{path}: the memory is too small to read it") from None
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             image.draft("RGB", (2 * max(size), 2 * max(size)))  # lets JPEG skip detail that the size drops

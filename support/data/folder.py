@@ -22,10 +22,11 @@ def parse_size(text):
     """(H, W) from "64" or "48x64". Raises UsageError for anything else."""
     try:
         H, W = (int(side) for side in (text.lower().split("x") * 2)[:2])
-        if H < 1 or W < 1 or text.lower().count("x") > 1:
+        if H < 1 or W < 1 or H * W > 2**22 or text.lower().count("x") > 1:
             raise ValueError
     except ValueError:
-        raise UsageError(f"--size {text}: must be one number or HEIGHTxWIDTH, such as 64 or 48x64") from None
+        raise UsageError(f"--size {text}: must be one number or HEIGHTxWIDTH, such as 64 or 48x64, of at "
+                         f"most 2048x2048 pixels") from None
     return H, W
 
 
@@ -44,7 +45,8 @@ def load(folder, size, channels, cache_dir, skip_broken, labelled=False):
         raise Failure(f"--data {folder}: there are no images in it")
     state = stamps(files)
     key = hashlib.sha256(repr((3, state, size, channels, skip_broken)).encode()).hexdigest()[:16]
-    cache = pathlib.Path(cache_dir) / f"{root.resolve().name}-{H}x{W}x{channels}-{key}.u8"
+    name = os.fsdecode(os.fsencode(root.resolve().name)[:100])  # a longer one might be refused
+    cache = pathlib.Path(cache_dir) / f"{name}-{H}x{W}x{channels}-{key}.u8"
     whole = cached(cache, channels * H * W, len(files))
     if not len(whole):
         if labelled and not skip_broken:
