@@ -223,3 +223,24 @@ def test_a_pipe_is_no_log(call, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     status, _, err = call(train, *SHORT, "--log", "pipe")
     assert status == 1 and "pipe: is not an ordinary file" in err
+
+
+def test_a_log_whose_last_line_is_torn_goes_on_with_a_whole_one(call, tmp_path):
+    """A run that was killed in a write leaves half a line, which no reader takes."""
+    (tmp_path / "log").write_text('{"step": 1, "epoch": 1, "loss": 1}\n{"step": 2, "ep')
+    assert call(train, *SHORT, "--log", "log")[0] == 0
+    assert [json.loads(line)["step"] for line in (tmp_path / "log").read_text().splitlines()] == [1, 1]
+
+
+def test_a_log_inside_the_images_is_refused(call, tmp_path):
+    """The next reading of the folder would take it for an image."""
+    (tmp_path / "album").mkdir()
+    status, _, err = call(train, "--data", "album", "--log", "album/log", "--size", 8)
+    assert status == 2 and "--log album/log: is inside --data" in err
+
+
+@pytest.mark.parametrize("text", ['{"a":' * 20_000, "[" * 200_000], ids=["objects", "lists"])
+def test_a_log_that_is_too_deep_is_no_log(call, tmp_path, text):
+    (tmp_path / "log").write_text(text)
+    status, _, err = call(train, *SHORT, "--log", "log")
+    assert status == 1 and "is not a log of train.py" in err

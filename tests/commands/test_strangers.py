@@ -1,5 +1,6 @@
 """Checkpoints from strangers: sealed as ours, but with contents that this program would not have written."""
 
+import copy
 import io
 import os
 import subprocess
@@ -10,6 +11,8 @@ import pytest
 import torch
 from running import ROOT, TINY, stripes
 
+import evaluate
+import figures
 import sample
 import train
 from support import checkpoint
@@ -150,3 +153,66 @@ def test_a_path_of_a_checkpoint_is_shown_before_it_is_read(call, tmp_path):
     (tmp_path / "album" / "a.png").unlink()
     status, out, err = call(train, "--resume", "ckpt.pt", "--epochs", 2)
     assert status == 1 and out == f"ckpt.pt: goes on with the images of {tmp_path / 'album'}\n", (out, err)
+
+
+def test_an_archive_whose_members_overlap_or_with_two_directories_is_not_unpacked(call, ckpt, tmp_path):
+    """Members that share their bytes say that they hold more than the file; torch and Python look for the
+    directory in different places."""
+    whole = ckpt.read_bytes()
+    body = whole[: whole.rindex(checkpoint.SEAL)]
+    end = body.rindex(b"PK\5\6")
+    extra = body[:end] + b"PK\1\2" + bytes(50) + body[end:]  # something between the directory and its record
+    grown = io.BytesIO()
+    with zipfile.ZipFile(ckpt) as old, zipfile.ZipFile(grown, "w") as new:
+        for member in old.infolist():
+            new.writestr(member.filename, old.read(member))
+        big = max(new.infolist(), key=lambda member: member.file_size)
+        for i in range(9):
+            more = copy.copy(big)
+            more.filename = f"archive/data/more{i}"
+            new.filelist.append(more)
+    for content in (extra, grown.getvalue()):
+        digest = checkpoint.hashlib.sha256(content).digest()
+        (tmp_path / "a.pt").write_bytes(content + checkpoint.SEAL + digest)
+        status, _, err = call(sample, "--ckpt", "a.pt", "--out", "a.png")
+        assert status == 1 and err.endswith("a.pt: sealed as a checkpoint, but cannot be read as one\n"), err
+
+
+@pytest.mark.parametrize("edit", [
+    lambda ckpt: ckpt.update(ddpm_format=torch.ones(3)), lambda ckpt: ckpt.update(ddpm_format="x" * 300_000),
+], ids=["a tensor", "a long text"])  # fmt: skip
+def test_a_format_that_is_no_number_is_refused(call, ckpt, tmp_path, edit):
+    saved = checkpoint.load(ckpt)
+    edit(saved)
+    checkpoint.save(tmp_path / "a.pt", saved)
+    status, _, err = call(sample, "--ckpt", "a.pt", "--out", "a.png")
+    assert (status, err) == (1, "sample.py: error: a.pt: sealed as a checkpoint, but does not hold one\n")
+
+
+@pytest.mark.parametrize("values", [
+    dict(epochs=10**400), dict(batch_size=10**30), dict(data="\ud800x"), dict(data="/a/folder", size=None),
+], ids=["epochs", "batch", "no path", "no size"])  # fmt: skip
+def test_a_setting_that_no_flag_could_give_is_refused(call, ckpt, tmp_path, values):
+    edited(ckpt, change("config", **values), tmp_path / "a.pt")
+    status, _, err = call(train, "--resume", "a.pt", "--epochs", 9)
+    assert (status, err) == (1, "train.py: error: a.pt: its contents do not fit together\n")
+
+
+def test_what_a_checkpoint_says_is_shown_in_one_line_without_escapes(call, ckpt, tmp_path):
+    """A terminal obeys escapes, and a second line could pass for the command's own."""
+    edited(ckpt, change("config", data="/x\x1b[31m\nevaluate.py: forged"), tmp_path / "a.pt")
+    status, _, err = call(evaluate, "--ckpt", "a.pt")
+    assert status == 1 and err.count("\n") == 2 and "\x1b" not in err and "\\x1b[31m\\n" in err, err
+
+
+@pytest.mark.parametrize("command, flags", [
+    (sample, "--ckpt c.png --out c.png"), (sample, "--ckpt c.png --out link.png"),
+    (figures, "--ckpt schedules.png --only schedules --out ."),
+], ids=["sample", "a link", "figures"])  # fmt: skip
+def test_a_checkpoint_is_not_replaced_by_a_picture(call, ckpt, tmp_path, command, flags):
+    for name in ("c.png", "schedules.png"):
+        (tmp_path / name).write_bytes(ckpt.read_bytes())
+    (tmp_path / "link.png").symlink_to("c.png")
+    status, _, err = call(command, *flags.split())
+    assert status == 2 and "is what the command reads" in err
+    assert (tmp_path / "c.png").read_bytes() == (tmp_path / "schedules.png").read_bytes() == ckpt.read_bytes()
