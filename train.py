@@ -12,6 +12,7 @@
 # is Algorithm 1. What it shares with the other commands is in support/, a file for each duty.
 
 import copy
+import itertools
 import math
 import os
 import pathlib
@@ -30,7 +31,7 @@ from support.data.folder import parse_size
 from support.errors import UsageError
 from support.files import replacing, writable
 from support.monitor import Monitor, refuse_log
-from support.progress import note, say
+from support.progress import Progress, note, say
 
 # --- Settings ------------------------------------------------------------------------------------
 
@@ -302,9 +303,12 @@ def draw_grid(cfg, run, d, epoch):
     y, rows = sampling.class_labels(classes)
     how = dict(variance="learned") if cfg.variance == "learned" else dict(eta=1.0)
     how["clip"] = run.about["process"]["clip"]
-    parts = [slice(i, i + cfg.batch_size) for i in range(0, len(y), cfg.batch_size)]
+    steps, parts = min(50, d.T), [slice(i, i + cfg.batch_size) for i in range(0, len(y), cfg.batch_size)]
+    progress, done = Progress("drawing a grid", steps * len(parts), "steps"), itertools.count(1)
     x0 = torch.cat([sampling.sample(run.ema, d, run.about["shape"], range(len(y))[part],
-                                    y[part] if classes else None, min(50, d.T), **how) for part in parts])
+                                    y[part] if classes else None, steps,
+                                    on_step=lambda *_: progress(next(done)), **how) for part in parts])
+    progress.close()
     with replacing(grid_name(cfg.out, epoch)) as file:
         pictures.grid(pictures.to_uint8(x0), rows).save(file, "PNG")
 
