@@ -69,7 +69,7 @@ def decode(path, size, channels):
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             image.draft("RGB", (2 * max(size), 2 * max(size)))  # lets JPEG skip detail that the size drops
-            image = in_srgb(eight_bits(ImageOps.exif_transpose(image)))
+            image = in_srgb(eight_bits(ImageOps.exif_transpose(image), image.format))
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -95,7 +95,7 @@ def unknown(data):
     return "its format is not known"
 
 
-def eight_bits(image):
+def eight_bits(image, format):
     """An image of 16 bits or of floats as one of 8 bits; others as they are.
 
     A value means the same in every image: 16 bits go to 65535, floats from 0 to 1. Where the range cannot be
@@ -107,7 +107,7 @@ def eight_bits(image):
     if not np.isfinite(values).all():
         raise ValueError("it holds values that are not finite")
     top = 1 if image.mode.startswith("F") else 65535
-    if image.mode == "I" and image.format not in ("PNG", "PPM"):  # their 16 bits may come as 32
+    if image.mode == "I" and format not in ("PNG", "PPM"):  # their 16 bits may come as 32
         raise ValueError("32-bit integers have no known range; save it with 8 or 16 bits")
     if top == 1 and (values.min() < -1 or values.max() > 2):  # a filter may overshoot by a little
         raise ValueError(f"its floats go from {values.min():g} to {values.max():g}, and 0 to 1 is expected; "

@@ -247,6 +247,8 @@ def test_a_value_means_the_same_in_every_image(tmp_path):
     assert abs(grey(np.full((8, 8), 32768), np.uint16, tmp_path) - 128) <= 1
     assert "its floats go from 0.5 to 127.5, and 0 to 1 is expected" in grey(half * np.linspace(1, 255, 8),
                                                                             np.float32, tmp_path)  # fmt: skip
+    (tmp_path / "a.pgm").write_bytes(b"P5 8 8 65535\n" + b"\x80\x00" * 64)
+    assert set(decode.decode(tmp_path / "a.pgm", (8, 8), 1)) == {128}
     assert "32-bit integers have no known range" in grey(np.full((8, 8), 9), np.int32, tmp_path)
 
 
