@@ -4,7 +4,6 @@
     python evaluate.py --ckpt ckpt.pt --data path/to/held-out/images
 """
 
-import os
 from dataclasses import MISSING, dataclass
 
 import torch
@@ -26,7 +25,7 @@ class Config:
                             "from the network's own data)", metavar="DATA")
     data_dir: str = flag("data", "folder of CIFAR-10 and of the caches of image folders", metavar="DIR")
     skip_broken: bool = flag(False, "leave out the files of a folder that are no images")
-    n: int | None = flag(None, "number of images, from the first (default: all)", low=1)
+    n: int | None = flag(None, "number of images, a seeded choice (default: all)", low=1)
     seed: int = flag(0, "image i is noised from seed + i, at any batch size", low=0, high=2**31)
 
     batch_size: int = flag(256, "number of images evaluated at a time", low=1, group="machine")
@@ -38,22 +37,17 @@ class Config:
 def main(cfg, given):
     # float32 by default: the bound sums T terms, and bf16 would round eps in each.
     device = devices.pick_device(cfg.device)
-    bf16 = devices.use_precision(cfg.precision, device)
+    bf16 = cfg.precision == "bf16"
+    devices.use_precision(bf16)
     ckpt, net, d = checkpoint.load_model(cfg.ckpt, cfg.weights, device)
-    images, labels, _ = data.held_out(ckpt, cfg.data, cfg.data_dir, cfg.skip_broken, cfg.n)
+    (images, labels, _), apart = data.held_out(ckpt, cfg.data, cfg.data_dir, cfg.skip_broken, cfg.n)
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         terms = bound(cfg, net, d, images, labels, ckpt, device)
     if not terms.isfinite().all():
         raise Failure(f"{cfg.ckpt}: the network's output is not finite; its training diverged")
-    report(terms, f"{len(images):,} {called(cfg, ckpt)}, {checkpoint.title(ckpt, cfg.weights)}")
-
-
-def called(cfg, ckpt):
-    """What to call the images. A folder was trained on whole, unless it is another one."""
-    own = ckpt.get("config", {}).get("data")  # converted weights have none
-    name = cfg.data or own
-    trained_on = data.is_folder(name) and os.path.abspath(name) == own
-    return "images it was trained on" if trained_on else f"held-out images of {printable(name)}"
+    name = printable(cfg.data or ckpt["config"]["data"])
+    what = f"held-out images of {name}" if apart else "images it was trained on"
+    report(terms, f"{len(images):,} {what}, {checkpoint.title(ckpt, cfg.weights)}")
 
 
 def bound(cfg, net, d, images, labels, ckpt, device):

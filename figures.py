@@ -15,7 +15,6 @@ Each figure is a function of a Scene; its docstring says what to look for. What 
 functions above it, which take a model and a diffusion as ddpm.py's do.
 """
 
-import glob
 import itertools
 import json
 import pathlib
@@ -28,7 +27,7 @@ from PIL import Image
 
 import ddpm
 import improved
-from support import data, devices, sampling
+from support import data, devices, outputs, sampling
 from support.checkpoint import learned, load_model
 from support.command import flag, run
 from support.errors import Failure, UsageError
@@ -91,7 +90,7 @@ def lacking(name, scene):
         return "--ckpt, a checkpoint of train.py"
     if name == "guidance" and not scene.ckpt["classes"]:
         return "a network that knows classes (train.py --labels)"
-    if name == "epochs" and not scene.grids:
+    if name == "epochs" and not outputs.grids(scene.cfg.ckpt):
         return "the grids that train.py writes beside the checkpoint"
 
 
@@ -100,23 +99,17 @@ class Scene:
 
     def __init__(self, cfg):
         self.cfg, self.ckpt, self.device = cfg, None, devices.pick_device(cfg.device)
-        devices.use_precision("fp32", self.device)  # the bound sums T terms, and bf16 would round each
+        devices.use_precision(bf16=False)  # the bound sums T terms, and bf16 would round each
         several = max(2, cfg.n or 16)
         if cfg.ckpt:
             self.ckpt, self.net, self.d = load_model(cfg.ckpt, "ema", self.device)
             if not all(weight.isfinite().all() for weight in self.net.parameters()):
                 raise Failure(f"{cfg.ckpt}: its weights are not finite; its training diverged")
-            images, self.labels, _ = data.held_out(self.ckpt, cfg.data, cfg.data_dir, limit=several)
+            (images, self.labels, _), _ = data.held_out(self.ckpt, cfg.data, cfg.data_dir, limit=several)
         else:
-            images, self.labels, _ = data.load(cfg.data or "glyphs", False, cfg.data_dir, (64, 64), 3,
+            images, self.labels, _ = data.load(cfg.data or "glyphs", "all", cfg.data_dir, (64, 64), 3,
                                                limit=several)  # fmt: skip
         self.x0 = images.to(self.device).float() / 127.5 - 1
-
-    @property
-    def grids(self):
-        """The grids that train.py drew beside the checkpoint, the earliest first."""
-        path = pathlib.Path(self.cfg.ckpt)
-        return sorted(path.parent.glob(f"{glob.escape(path.stem)}.[0-9][0-9][0-9][0-9].png"))
 
     def network(self, calls, labels=None):
         """The network as a model (xt, t), of labels (B,) or of none, with a line of progress over calls."""
@@ -253,11 +246,12 @@ def epochs(scene):
     that train.py wrote beside the checkpoint, ten images at most.
     """
     rows, ((tall, wide), _), classes = [], cell(*scene.ckpt["shape"][1:]), scene.ckpt["classes"]
-    for path in scene.grids:
+    grids = outputs.grids(scene.cfg.ckpt)
+    for path in grids.values():
         column = np.asarray(Image.open(path).convert("RGB"))[:, 2:wide]
         rows.append([column[top : top + tall - 2] for top in range(2, len(column) - 2, tall)][:10])
     asked = [classes[y] for y in sampling.class_labels(classes)[0][: len(rows[0])]] if classes else []
-    return sheet(rows, asked, [f"epoch {int(path.suffixes[-2][1:])}" for path in scene.grids], scale=1)
+    return sheet(rows, asked, [f"epoch {epoch}" for epoch in grids], scale=1)
 
 
 def loss(scene):

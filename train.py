@@ -2,7 +2,7 @@
 
     python train.py --epochs 5                           digits: nothing to download, no GPU needed
     python train.py --data cifar10 --epochs 100          the paper's network and settings
-    python train.py --data path/to/images --size 64      a folder; with --labels, its subfolders are classes
+    python train.py --data path/to/images                your photos; with --labels, subfolders are classes
     python train.py --resume ckpt.pt                     goes on where it stopped, bit for bit
     python train.py --init ckpt.pt --data path/to/images   a new run from trained weights: fine-tuning
     torchrun --standalone --nproc-per-node 4 -- train.py --data cifar10    four GPUs, the same batches
@@ -12,10 +12,8 @@
 # is Algorithm 1. What it shares with the other commands is in support/, a file for each duty.
 
 import copy
-import itertools
 import math
 import os
-import pathlib
 import shlex
 import sys
 import time
@@ -25,20 +23,31 @@ import torch
 
 import ddpm
 import improved
-from support import batches, checkpoint, command, data, devices, pictures, recipes, sampling, workers
+from support import (
+    batches,
+    budget,
+    checkpoint,
+    command,
+    data,
+    outputs,
+    recipes,
+    snapshots,
+    workers,
+)  # fmt: skip
 from support.command import flag
 from support.data.folder import parse_size
-from support.errors import UsageError
-from support.files import replacing, writable
-from support.monitor import Monitor, refuse_log
-from support.progress import Progress, note, say
+from support.monitor import Monitor
+from support.progress import note, say
 
 # --- Settings ------------------------------------------------------------------------------------
 
 
 def own(name, text, **limits):
-    """A flag whose default is the data's own (support/recipes.py)."""
-    return flag(None, f"{text} (default: {recipes.PAPER[name]}; glyphs: {recipes.GLYPHS[name]})", **limits)
+    """A flag whose default suits the data and the machine (support/recipes.py)."""
+    defaults = ((recipes.PAPER, ""), (recipes.SMALL, "on a CPU: "), (recipes.GLYPHS, "glyphs: "))
+    told = [f"{where}{recipe[name]}" for recipe, where in defaults
+            if recipe is recipes.PAPER or recipe[name] != recipes.PAPER[name]]
+    return flag(None, f"{text} (default: {'; '.join(told)})", **limits)
 
 
 @dataclass(frozen=True)
@@ -55,7 +64,7 @@ class Config:
     skip_broken: bool = flag(False, "leave out the files of a folder that are no images")
     labels: bool | None = flag(None, "learn classes: CIFAR-10's ten, or the subfolders of --data; a tenth of "
                                "the labels is dropped, as sample.py --guidance needs (glyphs: always)")
-    limit: int | None = flag(None, "number of images to train on, from the first (default: all)", low=1)
+    limit: int | None = flag(None, "number of images to train on, a seeded choice (default: all)", low=1)
 
     # What learns it, and the process that it learns to reverse. A resumed run keeps all of these.
     init: str | None = flag(None, "checkpoint whose averaged weights a new run starts from, on other images, "
@@ -69,8 +78,11 @@ class Config:
                          "(improved.py)", choices=("fixed", "learned"))
 
     # How it learns. The paper's text has no warm-up and no gradient clipping; its authors' code has both.
-    epochs: int = flag(100, "passes over the data, in all", low=1, group="training")
+    epochs: int | None = flag(None, "passes over the data, in all (default: 100, or more if the images are "
+                              "few; photos on a CPU: what 50 minutes allow)", low=1, group="training")
     batch_size: int | None = own("batch_size", "images a step, over all processes", low=1)
+    micro_batch: str = flag("auto", "images of a batch that are computed at a time; auto is what is fast and "
+                            "fits into half of the free memory", metavar="N")
     lr: float | None = own("lr", "learning rate of Adam", low=0)
     warmup: int | None = own("warmup", "steps in which the learning rate rises from 0", low=0)
     decay: str | None = own("decay", "fall of the learning rate to 0", choices=("none", "cosine"))
@@ -90,7 +102,7 @@ class Config:
 
     # Where it runs.
     device: str = flag("auto", "device to compute on: auto, cpu, cuda, cuda:1, mps, ...", group="machine")
-    precision: str = flag("auto", "precision of the network; auto is bf16 where the hardware is fast with it",
+    precision: str = flag("auto", "precision of the network; auto is what a trial step shows to be faster",
                           choices=("auto", "fp32", "bf16"))
     compile: bool = flag(False, "compile the network: slow to start, faster on a GPU")
     deterministic: bool = flag(False, "take only GPU kernels whose sums never vary: resuming is exact then")
@@ -100,67 +112,48 @@ class Config:
 
 
 def main(cfg, given):
-    # Settings: the command line's, completed by what suits the data, or those of the run to resume.
+    # Settings: the command line's, completed by what suits data and device, or those of the run to resume.
     saved, start = (checkpoint.load(path) if path else None for path in (cfg.resume, cfg.init))
     with checkpoint.refusing(cfg.resume or cfg.init):
-        cfg = recipes.settled(cfg, given, saved, start)
+        cfg, device = recipes.settled(cfg, given, saved, start)
     if saved and data.is_folder(cfg.data) and workers.is_first():  # a path out of a file is shown first
         say(f"{cfg.resume}: goes on with the images of {cfg.data}")
     workers.share(cfg.batch_size)
     size = parse_size(cfg.size) if cfg.size else None
     if size:  # what the network cannot divide is refused now, not after an hour of reading images
         recipes.network(cfg, (cfg.channels, *size), 0, start)
-
-    # Device and precision. torchrun gives each process a GPU of its own.
-    device = devices.pick_device(workers.own_device(cfg.device))
-    bf16 = devices.use_precision(cfg.precision, device)
-    if cfg.compile:
-        devices.refuse_lossy_compiler(device, bf16)
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
-    refuse_outputs(cfg, saved)
+    outputs.refuse(cfg)
 
     # Data: uint8 images, mapped into memory. The first process decodes them; the others read its files.
     workers.meet(device)
     with workers.first_goes_ahead():
-        train_set = data.load(cfg.data, True, cfg.data_dir, size, cfg.channels, cfg.skip_broken, cfg.labels,
-                              cfg.limit)
+        train_set, held_out = data.load_both(cfg, size)
 
     # Network, moving average and optimiser: new ones, or those of the run to resume.
     with checkpoint.refusing(cfg.resume or cfg.init):
-        run = begin(cfg, saved, start, train_set, device)
+        run = begin(cfg, saved, start, train_set, held_out, device)
         d = ddpm.Diffusion(run.about["process"]["beta"])
-    steps = math.ceil(cfg.epochs * run.about["images"] / cfg.batch_size)
-    if run.step >= steps:
-        done = f"{run.step * cfg.batch_size / run.about['images']:g} of {cfg.epochs} epochs"
-        raise UsageError(f"{cfg.resume} has done {done}; ask for more with --epochs")
+
+    # A trial step: the precision, the images at a time, and how long all of it will take.
+    cost = budget.trial(run.net, run.about, cfg.batch_size // workers.place()[1], device, cfg.precision,
+                        cfg.micro_batch)
+    cfg = recipes.measured(cfg, run.about, cost, device.type)
+    steps = recipes.steps(cfg, run)
+    outputs.make_way(cfg)
 
     # The loop, to the last step or to a signal.
     monitor = Monitor(cfg, run.about["images"], run.step, steps, device)
-    monitor.describe(run, d, bf16)
-    learn(cfg, run, d, train_set, monitor, device, bf16)
+    monitor.describe(run, d, cost, recipes.recipe_for(cfg, run.about["shape"], device.type)[1])
+    for warning in recipes.warnings(cfg, run.about, steps, d):
+        note(f"warning: {warning}")
+    learn(cfg, run, d, train_set, held_out, monitor, device)
     if workers.is_first():
         say(f"{cfg.out}: {steps} steps done; now: python sample.py --ckpt {shlex.quote(cfg.out)} "
             f"--out grid.png")
     workers.end()
-
-
-def refuse_outputs(cfg, saved):
-    """Refuses an output that cannot be written, or that would damage something else; notes a replaced one."""
-    writable(cfg.out)
-    writable(grid_name(cfg.out, 0))
-    for name, path in (("--out", cfg.out), ("--log", cfg.log)):
-        above = pathlib.Path(path).resolve().parents if path else ()
-        if data.is_folder(cfg.data) and pathlib.Path(cfg.data).resolve() in above:
-            raise UsageError(f"{name} {path}: is inside --data, and would be taken for one of its images")
-    if cfg.init and os.path.exists(cfg.out) and os.path.samefile(cfg.out, cfg.init):
-        raise UsageError(f"--out {cfg.out}: is the checkpoint of --init, and would be lost; name another")
-    if cfg.log:
-        refuse_log(cfg.log, (cfg.out, cfg.resume or cfg.init or cfg.out))
-    replaced = os.path.exists(cfg.out) and not (saved and os.path.samefile(cfg.out, cfg.resume))
-    if replaced and workers.is_first():
-        note(f"note: {cfg.out} exists and will be replaced; --resume goes on with it")
 
 
 @dataclass
@@ -171,14 +164,15 @@ class Run:
     ema: ddpm.UNet  # the moving average of its weights: samples are drawn from it
     optimizer: torch.optim.Adam
     step: int
-    about: dict  # network (arguments of UNet), process, shape, classes, images (their number), fingerprint
+    about: dict  # network (arguments of UNet), process, shape, classes, numbers of images, fingerprint
 
 
-def begin(cfg, saved, start, train_set, device):
+def begin(cfg, saved, start, train_set, held_out, device):
     """The run before its first step, with the weights of `start` if there are any, or as it was saved.
     Refuses to go on with other images."""
     about = dict(shape=tuple(train_set.images.shape[1:]), classes=train_set.classes,
-                 images=len(train_set.images), fingerprint=data.fingerprint(train_set))
+                 images=len(train_set.images), held_out=len(held_out.images),
+                 fingerprint=data.fingerprint(train_set))
     if saved:
         checkpoint.refuse_other_images(cfg.data, about, saved)
         about.update(network=saved["network"], process=saved["process"])
@@ -218,7 +212,7 @@ def say_fresh(cfg, start, classes):
 # --- The loop ------------------------------------------------------------------------------------
 
 
-def learn(cfg, run, d, train_set, monitor, device, bf16):
+def learn(cfg, run, d, train_set, held_out, monitor, device):
     """Algorithm 1, step by step to the last. Now and then: report? save? stop? draw?"""
     model = workers.together(torch.compile(run.net) if cfg.compile else run.net)
     # Images that fit into a quarter of the GPU's free memory are kept there: no batch is copied.
@@ -235,21 +229,23 @@ def learn(cfg, run, d, train_set, monitor, device, bf16):
         lr = rate(cfg, run.step, monitor.steps)
         run.step += 1
         decay = min(cfg.ema, (1 + run.step) / (10 + run.step))  # a young average forgets its first weights
-        loss, norm = update(model, d, batch, run.optimizer, lr, run.ema, decay, bf16, objective)
+        loss, norm = update(model, d, batch, run.optimizer, lr, run.ema, decay, cfg.precision == "bf16",
+                            objective, int(cfg.micro_batch))
         monitor.add(run.step, loss, norm)
 
         # Nothing above waits for the device, which may be several steps behind. What follows does wait.
         if not monitor.due(run.step):
             continue
-        monitor.report(run.step, lr)
+        monitor.report(run.step, lr, lambda: snapshots.held_out_loss(cfg, run, d, held_out, device))
         last, drawing = run.step == monitor.steps, every and monitor.ends(run.step, every)
-        if monitor.stops or drawing or last or time.monotonic() - saved_at > 600:  # SIGKILL loses ten minutes
-            save(cfg, run, monitor)
-            saved_at = time.monotonic()
-        if monitor.stops and not last:
-            stop(cfg, run, monitor)
-        if drawing and workers.is_first():
-            draw_grid(cfg, run, d, monitor.epoch(run.step))
+        with monitor.aside():
+            if monitor.stops or drawing or last or time.monotonic() - saved_at > 600:  # SIGKILL loses this
+                save(cfg, run, monitor)
+                saved_at = time.monotonic()
+            if monitor.stops and not last:
+                stop(cfg, run, monitor)
+            if drawing and workers.is_first():
+                snapshots.draw_grid(cfg, run, d, monitor.epoch(run.step))
 
 
 def rate(cfg, step, steps):
@@ -258,22 +254,29 @@ def rate(cfg, step, steps):
     return cfg.lr * warm * (0.5 + 0.5 * math.cos(math.pi * step / steps) if cfg.decay == "cosine" else 1)
 
 
-def update(model, d, batch, optimizer, lr, ema, decay, bf16=False, objective=ddpm.loss_simple):
-    """One step of Algorithm 1. Returns the loss and the norm of its gradient, still on the device."""
-    # Lines 2 to 4: the image, the step and the noise; batches.draw has drawn them.
-    x0, y, t, eps = batch
-    params = optimizer.param_groups[0]["params"]
-    # Line 5: the gradient of the loss. Only the network computes in bf16; noise and loss stay float32.
-    with torch.autocast(x0.device.type, torch.bfloat16, enabled=bf16):
-        loss = objective(lambda xt, t: model(xt, t, y), d, x0, t, eps)
-    loss.backward()
+def update(model, d, batch, optimizer, lr, ema, decay, bf16=False, objective=ddpm.loss_simple, micro=None):
+    """One step of Algorithm 1. Returns the loss and the norm of its gradient, still on the device.
+
+    micro: images that are computed at a time, all by default. The sum of their gradients is the batch's.
+    """
+    params, B, total = optimizer.param_groups[0]["params"], len(batch[0]), 0.0
+    micro = micro or B
+    for first in range(0, B, micro):
+        # Lines 2 to 4: the image, the step and the noise; batches.draw has drawn them.
+        x0, y, t, eps = (None if part is None else part[first : first + micro] for part in batch)
+        # Line 5: the gradient of the loss. Only the network computes in bf16; noise and loss stay float32.
+        with workers.unsummed(model, unless=first + micro >= B):
+            with torch.autocast(x0.device.type, torch.bfloat16, enabled=bf16):
+                loss = objective(lambda xt, t, y=y: model(xt, t, y), d, x0, t, eps) * (len(x0) / B)
+            loss.backward()
+        total = total + loss.detach()
     norm = torch.nn.utils.clip_grad_norm_(params, 1.0)  # the authors' code clips, the paper does not say so
     optimizer.param_groups[0]["lr"] = lr
     optimizer.step()
     optimizer.zero_grad()
     with torch.no_grad():  # the average, which samples are drawn from (App. B)
         torch._foreach_lerp_(list(ema.parameters()), params, 1 - decay)
-    return loss.detach(), norm
+    return total, norm
 
 
 def save(cfg, run, monitor):
@@ -293,29 +296,6 @@ def stop(cfg, run, monitor):
         say(f"stopped at step {run.step} of {monitor.steps}; go on with --resume {shlex.quote(cfg.out)}")
     workers.wait()  # torchrun ends all processes once one has ended: the first must have saved
     sys.exit(128 + monitor.stops[0])
-
-
-def draw_grid(cfg, run, d, epoch):
-    """Writes a grid of samples beside the checkpoint, by 50 steps of DDIM or with learned variances."""
-    # eta 1 corrects the errors of a young network, where eta 0 leaves specks. A batch is drawn at a time,
-    # since that fits into the memory that training needs.
-    classes = run.about["classes"]
-    y, rows = sampling.class_labels(classes)
-    how = dict(variance="learned") if cfg.variance == "learned" else dict(eta=1.0)
-    how["clip"] = run.about["process"]["clip"]
-    steps, parts = min(50, d.T), [slice(i, i + cfg.batch_size) for i in range(0, len(y), cfg.batch_size)]
-    progress, done = Progress("drawing a grid", steps * len(parts), "steps"), itertools.count(1)
-    x0 = torch.cat([sampling.sample(run.ema, d, run.about["shape"], range(len(y))[part],
-                                    y[part] if classes else None, steps,
-                                    on_step=lambda *_: progress(next(done)), **how) for part in parts])
-    progress.close()
-    with replacing(grid_name(cfg.out, epoch)) as file:
-        pictures.grid(pictures.to_uint8(x0), rows).save(file, "PNG")
-
-
-def grid_name(out, epoch):
-    """ckpt.0005.png for ckpt.pt."""
-    return str(pathlib.Path(out).with_suffix(f".{epoch:04d}.png"))
 
 
 if __name__ == "__main__":

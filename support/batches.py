@@ -9,6 +9,7 @@ import functools
 import numpy as np
 import torch
 
+import ddpm
 import improved
 from support import workers
 
@@ -40,6 +41,19 @@ def draw(step, data, d, device, batch_size, seed, flip=False):
     if world > 1:  # what follows is dropout, whose masks must differ between the processes
         torch.manual_seed(mixed(seed, 3, step, rank))
     return x0.contiguous(memory_format=torch.channels_last), y, t, eps
+
+
+def fixed(data, T, count, device, at_a_time):
+    """x0, labels or None, t and eps, as draw() gives them, a few at a time: `count` draws, the same ones at
+    each call, of the images in turn and of evenly spaced t."""
+    order = torch.from_numpy(np.random.default_rng(0).permutation(count))  # so that no class has its own t
+    for first in range(0, count, at_a_time):
+        k = torch.arange(first, min(count, first + at_a_time))
+        i, t = k % len(data.images), 1 + (2 * order[k] + 1) * T // (2 * count)
+        x0 = data.images[i].to(device).float() / 127.5 - 1
+        y = None if data.labels is None else data.labels[i].to(device)
+        eps = ddpm.noise_like(x0, [torch.Generator().manual_seed(mixed(4, n)) for n in k.tolist()])
+        yield x0.contiguous(memory_format=torch.channels_last), y, t, eps
 
 
 def places(step, B, N, seed):

@@ -119,6 +119,7 @@ def check_contents(ckpt):
     fit(network["out_channels"] == {"beta": C, "beta_tilde": C, "learned": 2 * C}[process["variance"]])
     fit(H % factor == W % factor == 0)
     if holds_run(ckpt):
+        fit(is_whole(ckpt.get("held_out", 0), 0, 2**53))  # older runs held out nothing of a folder
         config, learns = ckpt["config"], process["variance"] == "learned"
         fit(isinstance(config["data"], str) and isinstance(config["labels"], bool) and ckpt["step"] > 0)
         fit(config["variance"] == ("learned" if learns else "fixed"))
@@ -198,7 +199,9 @@ def refuse_other_images(name, about, saved):
     if saved["classes"] != about["classes"]:
         raise Failure(f"{name}: its classes are not those with which this run began")
     if saved["images"] != about["images"]:
-        raise Failure(f"{name}: {about['images']:,} images, but {saved['images']:,} when this run began")
+        older = "" if "held_out" in saved else "; it is older than the rule that some are held out"
+        raise Failure(f"{name}: {about['images']:,} images, but {saved['images']:,} when this run "
+                      f"began{older}")
     if saved["fingerprint"] != about["fingerprint"]:
         raise Failure(f"{name}: not the images, or not in the order, with which this run began")
 

@@ -24,31 +24,22 @@ def pick_device(name):
     return device
 
 
-def use_precision(precision, device):
-    """Sets the precision of all that follows, and returns whether networks compute in bfloat16.
-
-    float32 means float32: without bfloat16, matrix products and convolutions do not use TF32 either.
-    """
-    bf16 = in_bf16(precision, device)
+def use_precision(bf16):
+    """Sets the precision of all that follows. float32 means float32: where networks do not compute in
+    bfloat16, matrix products and convolutions do not use TF32 either."""
     torch.set_float32_matmul_precision("high" if bf16 else "highest")
     torch.backends.cudnn.allow_tf32 = bf16
-    return bf16
 
 
-def in_bf16(precision, device):
-    """Whether `precision` ("fp32", "bf16" or "auto") means bfloat16; "auto" takes it where it is fast."""
-    if precision == "auto" and device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if precision == "auto" and device.type == "cpu":
-        return bool(torch.cpu.get_capabilities().get("amx_bf16"))
-    return precision == "bf16"
-
-
-def refuse_lossy_compiler(device, bf16):
-    """Raises UsageError where a compiled network loses gradients (torch 2.13.0; benchmarks/curves.py)."""
-    if bf16 and device.type == "cpu":
+def to_compile(precision, device):
+    """The precision of a network that will be compiled, where "auto" stands for the one that can be. Raises
+    UsageError for one that loses gradients (torch 2.13.0; benchmarks/curves.py)."""
+    if device.type != "cpu":
+        return precision
+    if precision == "bf16":
         raise UsageError("--compile: on a CPU, torch loses gradients of a compiled network in bf16; leave it "
                          "out, or give --precision fp32")
+    return "fp32"
 
 
 def title(device):

@@ -4,6 +4,7 @@ Losses are added up on the device. Reading them makes the host wait for it, so t
 when a report is due: at the end of an epoch, every 50 steps, and after five seconds.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -12,7 +13,7 @@ import time
 
 import torch
 
-from support import command, devices, workers
+from support import budget, command, devices, workers
 from support.errors import Failure, UsageError
 from support.files import writable
 from support.progress import Progress, duration, note, say
@@ -30,31 +31,43 @@ class Monitor:
         self.losses = torch.zeros(2, device=device)  # their sum, and how many
         self.epoch_losses = torch.zeros(2)
         self.bad = torch.zeros(3, device=device)  # the first step, loss and gradient that are not finite
-        self.reported, self.reported_at = step, time.monotonic()
-        self.epoch_began, self.stops = time.monotonic(), []
-        self.log = cfg.log
+        self.began = self.epoch_began = self.reported_at = time.monotonic()
+        self.reported, self.stops, self.log = step, [], cfg.log
         if cfg.log:
             end_last_line(cfg.log)  # a log that cannot be written is refused here
 
-    def describe(self, run, d, bf16):
-        """Prints what is about to happen: data, network, diffusion, settings and steps."""
+    @contextlib.contextmanager
+    def aside(self):
+        """What happens inside is no training: its time is not an epoch's, nor that of steps."""
+        start = time.monotonic()
+        yield
+        spent = time.monotonic() - start
+        self.epoch_began, self.reported_at = self.epoch_began + spent, self.reported_at + spent
+        if self.progress:
+            self.progress.began += spent
+
+    def describe(self, run, d, cost, why):
+        """Prints what is about to happen: data, network, settings and why, steps, time and memory."""
         if not workers.is_first():
             return
-        cfg, (C, H, W), K = self.cfg, run.about["shape"], len(run.about["classes"])
-        say(f"{cfg.data}: {self.N:,} images, {H}x{W}x{C}" + (f", {K} classes" if K else ""))
+        cfg, about, device = self.cfg, run.about, self.losses.device
+        (C, H, W), K, held = about["shape"], len(about["classes"]), about["held_out"]
+        say(f"{cfg.data}: {self.N:,} images, {H}x{W}x{C}" + (f", {K} classes" if K else "")
+            + (f"; {held:,} more are held out" if held else "; none are held out of so few"))
         say(f"UNet with {sum(p.numel() for p in run.net.parameters()):,} parameters on "
-            f"{devices.title(self.losses.device)}, {'bf16' if bf16 else 'fp32'}; "
-            f"{run.about['process']['schedule']} schedule, T = {d.T}, variance {cfg.variance}")
+            f"{devices.title(device)}; {about['process']['schedule']} schedule, T = {d.T}, variance "
+            f"{cfg.variance}")
         say(f"batch {cfg.batch_size}, lr {cfg.lr:g}, warm-up {cfg.warmup}, decay {cfg.decay}, "
             f"ema {cfg.ema:g}, dropout {cfg.dropout:g}, flip {cfg.flip}, seed {cfg.seed}")
-        say(f"{cfg.epochs} epochs, {self.steps:,} steps" + (f", from step {run.step:,}" if run.step else ""))
-        if d.alpha_bar[-1] > 0.01:
-            note(f"note: alpha_bar_T = {d.alpha_bar[-1]:.2g}: x_T is not yet noise, and samples will be "
-                 f"poor; a longer --timesteps or --schedule cosine helps")
+        say(f"settings: {why}")
+        say(f"a step: {cost}")
+        left = self.steps - run.step
+        say(f"{cfg.epochs} epochs, {self.steps:,} steps" + (f", from step {run.step:,}" if run.step else "")
+            + f": about {duration(left * cost.seconds)} in all")
 
     def epoch(self, step):
-        """Epochs that are complete after so many steps."""
-        return step * self.cfg.batch_size // self.N
+        """Epochs that are complete after so many steps; the last step may go a little beyond them."""
+        return min(self.cfg.epochs, step * self.cfg.batch_size // self.N)
 
     def ends(self, step, every=1):
         """Whether this step completes an epoch whose number `every` divides, or the run."""
@@ -73,8 +86,9 @@ class Monitor:
         soon = self.stops or time.monotonic() - self.reported_at > 5
         return bool(self.ends(step) or soon or step % 50 == 0)
 
-    def report(self, step, lr):
-        """Shows and logs the mean loss since the last report. Raises Failure if a number is not finite."""
+    def report(self, step, lr, held_out):
+        """Shows and logs the mean loss since the last report; at the end of an epoch, also held_out(), the
+        loss on images held out, or None. Raises Failure if a number is not finite."""
         stops = torch.tensor([float(len(self.stops))], device=self.losses.device)
         everyone = workers.total(torch.cat([self.losses, stops])).cpu()
         if everyone[2] and not self.stops:  # another process was asked to stop
@@ -86,22 +100,27 @@ class Monitor:
         self.epoch_losses += losses
         self.losses.zero_()
         self.reported, self.reported_at = step, now
-        if workers.is_first():
-            mean = (losses[0] / losses[1]).item()
-            epoch = min(self.epoch(step) + 1, self.cfg.epochs)
-            self.progress(step, f"epoch {epoch} of {self.cfg.epochs}  loss {mean:.4f}")
-            self.write(step=step, epoch=step * self.cfg.batch_size / self.N, loss=mean,
-                       images_per_s=speed, lr=lr)
-            if self.ends(step):
-                self.report_epoch(step, now)
+        if not workers.is_first():
+            return
+        mean, began, line = (losses[0] / losses[1]).item(), self.epoch_began, {}
+        self.progress(step, f"epoch {min(self.epoch(step) + 1, self.cfg.epochs)} of {self.cfg.epochs}  "
+                            f"loss {mean:.4f}")
+        if self.ends(step):
+            with self.aside():
+                line = {"held_out": held_out()}
+            self.report_epoch(step, now - began, line["held_out"])
+        # The names are those that figures.py plots; a line holds numbers alone, for any reader of JSON lines.
+        self.write(step=step, epoch=min(self.cfg.epochs, step * self.cfg.batch_size / self.N), loss=mean,
+                   **line, lr=lr, images_per_s=speed, memory_gb=budget.used(self.losses.device) / 1e9,
+                   seconds=now - self.began)
 
-    def report_epoch(self, step, now):
+    def report_epoch(self, step, seconds, held_out):
         self.progress.close()
         mean = self.epoch_losses[0] / self.epoch_losses[1]
-        say(f"epoch {min(self.epoch(step), self.cfg.epochs)} of {self.cfg.epochs}: loss {mean:.4f}, "
-            f"{duration(now - self.epoch_began)}")
+        apart = "" if held_out is None else f", held out {held_out:.4f}"
+        say(f"epoch {self.epoch(step)} of {self.cfg.epochs}: loss {mean:.4f}{apart}, {duration(seconds)}")
         self.epoch_losses.zero_()
-        self.epoch_began = now
+        self.epoch_began = time.monotonic()
 
     def write(self, **line):
         """Appends a JSON line to the log. A log that cannot be written any more does not end the run."""
@@ -125,8 +144,12 @@ class Monitor:
         command.on_ending_signals(self.stop)
 
     def stop(self, number, frame):
-        """The signal handler. A second Ctrl-C ends the run at once, without a checkpoint."""
+        """The signal handler: it answers at once. A second Ctrl-C ends the run, without a checkpoint."""
         self.stops.append(number)
+        if workers.is_first() and len(self.stops) == 1:
+            again = "; Ctrl-C again to stop now, without a checkpoint" if number == signal.SIGINT else ""
+            with contextlib.suppress(OSError):  # not print, which the signal may have interrupted
+                os.write(2, f"\nstopping after this step{again}\n".encode())
         if number == signal.SIGINT and len(self.stops) > 1:
             raise KeyboardInterrupt
 

@@ -4,47 +4,126 @@ from, and its network's sizes."""
 import math
 import os
 import pathlib
+import re
 from dataclasses import replace
 
-from support import command
+from support import command, devices, workers
 from support.checkpoint import SCHEDULES, fit, holds_run, learned
 from support.data import is_folder
+from support.data.folder import parse_size
 from support.errors import UsageError
 
-# The paper's settings (App. B), made for CIFAR-10 and taken for photos too.
+# The paper's settings (App. B), made for CIFAR-10 on a GPU.
 PAPER = dict(batch_size=128, lr=2e-4, warmup=5000, decay="none", ema=0.9999, dropout=0.1,
              flip="yes", schedule="linear", width=128, labels=False)
+# Photos on a CPU: a network a fortieth of the paper's cost, which learns what it can in an hour.
+SMALL = dict(PAPER, batch_size=32, lr=1e-3, warmup=100, decay="cosine", ema=0.999, dropout=0.0, width=32,
+             schedule="cosine")
 # A network a thirtieth of the paper's cost: the digits are legible after two minutes on two cores.
 # A high rate that falls to 0 and a short average suit so few steps; digits have no mirror images.
 GLYPHS = dict(batch_size=32, lr=4e-3, warmup=20, decay="cosine", ema=0.999, dropout=0.0,
               flip="no", schedule="cosine", width=24, labels=True)
+HOUR, SEEN = 3000, 400  # of photos on a CPU: seconds of a run, and times that it sees an image, at most
+
+
+def recipe_for(cfg, shape, device):
+    """The settings that suit the data, the size of its images and the device, and why."""
+    if cfg.data == "glyphs":
+        return GLYPHS, "a small network, enough for the digits"
+    if device == "cpu":
+        return SMALL, "a small network, since the paper's (--width 128) is made for a GPU"
+    side = max(shape[1:])
+    if cfg.data == "cifar10":
+        return PAPER, "the paper's for CIFAR-10 (App. B)"
+    larger = dict(PAPER, dropout=0.0)  # App. B: dropout on CIFAR-10 alone
+    if side > 64:
+        larger.update(batch_size=64, lr=2e-5 if side > 128 else 2e-4)
+    return larger, "the paper's for images of this size (App. B)"
 
 
 def settled(cfg, given, saved=None, start=None):
-    """The settings of a run: a new one, one to resume (`saved`), or one from other weights (`start`)."""
+    """The settings of a run, and its device: a new run, one to resume (`saved`), or one from other weights
+    (`start`). What follows from a trial step is left to measured()."""
     if is_folder(cfg.data):  # its absolute path: the run may be resumed from another folder
         cfg = replace(cfg, data=os.path.abspath(cfg.data))
+    cfg = resumed(cfg, given, saved) if saved else cfg
+    if cfg.micro_batch != "auto" and not re.fullmatch("[1-9][0-9]{0,9}", cfg.micro_batch):
+        raise UsageError(f"--micro-batch {cfg.micro_batch}: must be auto or a whole number, at least 1")
+    device = devices.pick_device(workers.own_device(cfg.device))
+    if cfg.compile:
+        cfg = replace(cfg, precision=devices.to_compile(cfg.precision, device))
     if saved:
-        return resumed(cfg, given, saved)
-    return started(cfg, given, start) if start else complete(cfg)
+        return cfg, device
+    return (started(cfg, given, start, device.type) if start else complete(cfg, device.type)), device
 
 
-def complete(cfg, shape=(3, 32, 32)):
+def complete(cfg, device, shape=(3, 32, 32)):
     """`cfg` with the settings of its data wherever no flag gave one; a folder's images become `shape`."""
-    recipe = GLYPHS if cfg.data == "glyphs" else PAPER
-    if cfg.init:  # trained weights: gentler steps, and a warm-up that only has to fill Adam's averages
-        recipe = dict(recipe, lr=recipe["lr"] / 10, warmup=min(100, recipe["warmup"]))
     if is_folder(cfg.data):
-        C, H, W = shape
-        recipe = dict(recipe, size=f"{H}x{W}", channels=C)
+        shape = (cfg.channels or shape[0], *(parse_size(cfg.size) if cfg.size else shape[1:]))
+        cfg = replace(cfg, size=f"{shape[1]}x{shape[2]}", channels=shape[0])
     else:
         for name in ("size", "channels"):
             if getattr(cfg, name) is not None:
                 raise UsageError(f"--{name}: only a folder of images takes it; {cfg.data} has its own")
-    return replace(cfg, **{name: value for name, value in recipe.items() if getattr(cfg, name) is None})
+    recipe, _ = recipe_for(cfg, shape, device)
+    if cfg.init:  # trained weights: gentler steps
+        recipe = dict(recipe, lr=recipe["lr"] / 10)
+    later = ("warmup",)
+    return replace(cfg, **{name: value for name, value in recipe.items()
+                           if getattr(cfg, name) is None and name not in later})
 
 
-def started(cfg, given, start):
+def measured(cfg, about, cost, device):
+    """`cfg` with what follows from the number of images and from a trial step, where no flag gave it: the
+    precision, the images at a time, the epochs and the warm-up.
+
+    Photos on a CPU train for as long as HOUR says, unless that is more than SEEN epochs; everything else for
+    100 epochs, and photos for 5,000 steps at least. A warm-up is a tenth of the run at most.
+    """
+    (recipe, _), images = recipe_for(cfg, about["shape"], device), about["images"]
+    epochs = 100
+    if recipe is SMALL:
+        epochs = max(1, min(SEEN, int(HOUR / cost.seconds * cfg.batch_size / images)))
+    elif cfg.data != "glyphs":
+        epochs = max(100, math.ceil(5000 * cfg.batch_size / images))
+    epochs = cfg.epochs or epochs
+    warmup = min(100 if cfg.init else 5000, recipe["warmup"], epochs * images // cfg.batch_size // 10)
+    return replace(cfg, precision="bf16" if cost.bf16 else "fp32", micro_batch=str(cost.images),
+                   epochs=epochs, warmup=warmup if cfg.warmup is None else cfg.warmup)
+
+
+def steps(cfg, run):
+    """The steps of a run in all. Raises UsageError if a resumed one has done them."""
+    images, B = run.about["images"], cfg.batch_size
+    if run.step * B >= cfg.epochs * images:
+        raise UsageError(f"{cfg.resume} has done {min(cfg.epochs, run.step * B // images)} of {cfg.epochs} "
+                         f"epochs; ask for more with --epochs")
+    return math.ceil(cfg.epochs * images / B)
+
+
+def warnings(cfg, about, steps, d):
+    """What is known not to work in these settings, a line each."""
+    images, network = about["images"], about["network"]
+    if cfg.warmup > steps / 3:
+        yield (f"--warmup {cfg.warmup}: is most of the {steps:,} steps; the learning rate hardly reaches "
+               f"--lr {cfg.lr:g}, and little is learned")
+    least = 500 if cfg.data == "glyphs" else 2000
+    if steps < least and not cfg.init:
+        yield (f"{steps:,} steps are too few for pictures: {least:,} are the least; more --epochs, or a "
+               f"smaller --batch-size")
+    if d.alpha_bar[-1] > 0.01:
+        yield (f"alpha_bar_T = {d.alpha_bar[-1]:.2g}: x_T is not yet noise, and samples will be poor; a "
+               f"longer --timesteps or --schedule cosine helps")
+    if images < 2000 and cfg.epochs > SEEN:
+        yield (f"{cfg.epochs} epochs of {images:,} images: the network will copy them; stop when the loss on "
+               f"held-out images rises")
+    if about["shape"][0] > 1 and network["ch"] < 8 * network["groups"] and network["ch"] < 128:
+        yield (f"{network['groups']} groups of {network['ch'] // network['groups']} channels: colours of a "
+               f"short run will be too strong (docs/training.md)")
+
+
+def started(cfg, given, start, device):
     """The settings of a new run from the weights of the checkpoint `start`, which keep their network and
     process. Raises UsageError for a flag that contradicts them."""
     process = start["process"]
@@ -59,7 +138,7 @@ def started(cfg, given, start):
                              f"{value or 'a table of their own'}, and cannot change it")
     if "out" not in given:  # the weights must not be replaced by what is made of them
         kept["out"] = pathlib.Path(cfg.init).stem + "-tuned.pt"
-    return replace(complete(cfg, start["shape"]), **kept)
+    return replace(complete(cfg, device, start["shape"]), **kept)
 
 
 def resumed(cfg, given, saved):
@@ -72,12 +151,13 @@ def resumed(cfg, given, saved):
     if not holds_run(saved):
         raise UsageError(f"--resume {cfg.resume}: holds a network, and no run to go on with; --init starts "
                          f"one from it")
+    moved = is_folder(cfg.data) and is_folder(saved["config"]["data"])  # a folder is known by its images
     for name in ("data", "size", "channels", "labels", "limit", "seed", "batch_size", "schedule", "variance",
                  "timesteps", "width", "dropout"):
-        if name in given and getattr(cfg, name) != saved["config"][name]:
+        if name in given and getattr(cfg, name) != saved["config"][name] and not (moved and name == "data"):
             raise UsageError(f"{command.flag_name(name)} {getattr(cfg, name)}: the run to resume has "
                              f"{saved['config'][name]}, and cannot change it")
-    fit({"data", "seed", "timesteps", *PAPER} <= set(saved["config"]))
+    fit({"data", "seed", "timesteps", "epochs", *PAPER} <= set(saved["config"]))
     settings = command.restored(type(cfg), saved["config"])
     fit(not is_folder(settings["data"]) or (settings["size"] and settings["channels"]))
     # Where this run writes is said by its own command line: a file may come from a stranger.
@@ -109,9 +189,12 @@ def network(cfg, shape, classes, start=None):
     if cfg.width % 4:
         raise UsageError(f"--width {cfg.width}: must be a multiple of 4")
     sixteen = min(len(mult) - 1, max(0, math.ceil(math.log2(side / 16))))  # the level of 16x16
+    # The paper's 32 groups leave few channels in each of a small network's. Such a group normalises away the
+    # means of its channels, and with them the colour of the image (docs/training.md).
+    groups = math.gcd(32, cfg.width) if cfg.width >= 128 else 2 ** int(math.log2(max(1, cfg.width // 16)))
     return dict(in_channels=C, out_channels=2 * C if cfg.variance == "learned" else C, ch=cfg.width,
                 mult=mult, blocks=1 if glyphs else 2, attention=(1,) if glyphs else (sixteen,),
-                dropout=cfg.dropout, groups=math.gcd(32, cfg.width), num_classes=classes or None)
+                dropout=cfg.dropout, groups=groups, num_classes=classes or None)
 
 
 def refuse_uneven(H, W, factor):

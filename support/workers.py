@@ -67,6 +67,11 @@ def together(model):
     return torch.nn.parallel.DistributedDataParallel(model) if several() else model
 
 
+def unsummed(model, unless):
+    """A context for a part of a batch: gradients are averaged over the processes with the last one only."""
+    return model.no_sync() if several() and not unless else contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def first_goes_ahead():
     """The first process runs the block before the others: it downloads and decodes, they read its files."""
@@ -81,6 +86,13 @@ def total(numbers):
     """The sum of a tensor over all processes."""
     if several():
         dist.all_reduce(numbers)
+    return numbers
+
+
+def largest(numbers):
+    """The largest of each number of a tensor over all processes."""
+    if several():
+        dist.all_reduce(numbers, dist.ReduceOp.MAX)
     return numbers
 
 

@@ -55,7 +55,7 @@ from support import command as command_line
 from support.data import cifar10, folder
 
 RUN = ("--log log.jsonl --limit 20 --batch-size 8 --epochs 4 --width 4 --timesteps 4 --dropout 0.1 "
-       "--flip yes --sample-every 1 --precision fp32 --device cpu").split()  # fmt: skip
+       "--flip yes --sample-every 1 --precision fp32 --micro-batch 8 --device cpu").split()  # fmt: skip
 RESUME = "--resume ckpt.pt --log log.jsonl".split()
 ENDING = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGXCPU]
 SAMPLING = ["--ckpt", "ckpt.pt", "--out", "a.png", "--n", "4"]

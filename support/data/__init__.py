@@ -24,53 +24,87 @@ def is_folder(name):
     return name not in ("glyphs", "cifar10")
 
 
-def load(name, train, data_dir="data", size=None, channels=None, skip_broken=False, labels=False,
-         limit=None):
-    """The images to train on, or those held out; a folder holds none out and gives all.
+def load(name, part, data_dir="data", size=None, channels=None, skip_broken=False, labels=False, limit=None):
+    """The images of a part of some data: "training" or "held out"; or "all", those of another folder.
 
     name: "glyphs", "cifar10" or a folder, whose images are cropped to `size` (H, W). labels: give classes
-    too; glyphs always do. limit: the first so many images.
+    too; glyphs always do. limit: a seeded choice of so many images.
     """
-    if name == "glyphs":
+    train = part == "training"
+    if name == "glyphs":  # each is drawn by chance, so that the first few are a choice
         n = 6_000 if train else 2_000
         images, numbers = glyphs.draw(min(n, limit or n), seed=0 if train else 1)
         return Data(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(),
                     torch.from_numpy(numbers).long(), list(glyphs.GLYPHS))
     if name == "cifar10":
         images, numbers = cifar10.load(data_dir, train)
+        if limit:
+            few = folder.chosen(len(images), "all", limit)
+            images, numbers = images[few], numbers[few]
         classes = cifar10.CLASSES
     else:
-        images, files = folder.load(name, size, channels, data_dir, skip_broken, labels)
+        images, files = folder.load(name, size, channels, data_dir, skip_broken, labels, part, limit)
         numbers, classes = folder.labels_of(name, files) if labels else (None, [])
-    images = torch.from_numpy(images)[:limit]
-    if not labels:
-        return Data(images, None, [])
-    return Data(images, torch.from_numpy(numbers)[:limit].long(), classes)
+    images = torch.from_numpy(images)
+    return Data(images, torch.from_numpy(numbers).long(), classes) if labels else Data(images, None, [])
+
+
+def load_both(cfg, size):
+    """Of the settings of train.py: the Data to train on, and the Data held out from it, perhaps none."""
+    how = (cfg.data_dir, size, cfg.channels, cfg.skip_broken, cfg.labels)
+    train_set = load(cfg.data, "training", *how, cfg.limit)
+    images, labels, classes = load(cfg.data, "held out", *how)
+    if labels is not None:  # by the numbers of the classes that are learned; the others are left out
+        known = torch.tensor([classes[y] in train_set.classes for y in labels], dtype=torch.bool)
+        images, labels = images[known], renumbered(labels[known], classes, train_set.classes)
+    return train_set, Data(images, labels, train_set.classes)
+
+
+def renumbered(labels, names, classes):
+    """Labels that are numbers of `names`, as those of `classes`."""
+    return torch.tensor([classes.index(name) if name in classes else -1 for name in names])[labels]
 
 
 def held_out(ckpt, name=None, data_dir="data", skip_broken=False, limit=None):
-    """Images held out from a checkpoint's data, or those called `name`, as its network takes them.
+    """Data held out from a checkpoint's, or that called `name`, as its network takes it; and whether it was
+    held out: a folder that was too small was trained on whole.
 
-    Their labels are the network's numbers of its classes, or None if it knows none. Raises Failure for a
-    class that the network does not know, UsageError for images of another shape.
+    Its labels are the network's numbers of its classes, or None if it knows none. limit: a seeded choice of
+    so many. Raises Failure for a class that the network does not know, UsageError for another shape.
     """
     own, (C, H, W) = ckpt.get("config", {}).get("data"), ckpt["shape"]  # converted weights have no data
     name = os.path.abspath(name) if name and is_folder(name) else name or own
-    if name == own and own and is_folder(own):  # a path out of a file is shown before it is read
-        note(f"images of {own}, which the checkpoint names")
     if not name:
         raise UsageError("--data: this checkpoint does not say what it was trained on; name images")
-    labelled = bool(ckpt["classes"])
-    images, labels, classes = load(name, False, data_dir, (H, W), C, skip_broken, labelled, limit)
+    how = dict(data_dir=data_dir, size=(H, W), channels=C, skip_broken=skip_broken,
+               labels=bool(ckpt["classes"]))
+    ours = is_folder(name) and trained_on(ckpt, name, how)
+    apart = not ours or ckpt.get("held_out", 0) > 0
+    part = "held out" if apart and (ours or not is_folder(name)) else "all"
+    images, labels, classes = load(name, part, limit=limit, **how)
     if tuple(images.shape[1:]) != (C, H, W):
         raise UsageError(f"--data {name}: images of {tuple(images.shape[1:])}, but a network for {(C, H, W)}")
     if not ckpt["classes"]:  # glyphs always bring labels; this network was trained without
-        return Data(images, None, [])
+        return Data(images, None, []), apart
     if unknown := sorted(set(classes) - set(ckpt["classes"])):
         raise Failure(f"--data {name}: the network knows no class {unknown[0]}, but those of {own}")
     if labels is not None:  # classes have numbers of their own in each folder
-        labels = torch.tensor([ckpt["classes"].index(known) for known in classes])[labels]
-    return Data(images, labels, ckpt["classes"])
+        labels = renumbered(labels, classes, ckpt["classes"])
+    return Data(images, labels, ckpt["classes"]), apart
+
+
+def trained_on(ckpt, name, how):
+    """Whether the folder `name` is what the checkpoint was trained on, wherever that lay then."""
+    config = ckpt.get("config", {})
+    if not is_folder(config.get("data", "glyphs")):
+        return False
+    if name == config["data"]:  # a path out of a file is shown before it is read
+        note(f"images of {name}, which the checkpoint names")
+        return True
+    count, limit = len(folder.listed(name)), config["limit"]
+    if ckpt["images"] != min(count - folder.held_out(count), limit or count):
+        return False
+    return fingerprint(load(name, "training", limit=limit, **how)) == ckpt["fingerprint"]
 
 
 def fingerprint(data):

@@ -22,10 +22,11 @@ Image.init()
 FORMATS = sorted(set(Image.OPEN) - {"EPS", "WMF"})  # those two would be drawn by other programs
 
 
-def decode_all(files, size, channels, out, skip_broken):
+def decode_all(files, size, channels, out, skip_broken, none=False):
     """Writes to `out` the pixels of every image in order, then int32 numbers of the files that are whole.
 
-    Raises Failure at the first file that is no image, or, with skip_broken, if none is one.
+    Raises Failure at the first file that is no image, or, with skip_broken, if none is one, unless `none` is
+    allowed.
     """
     progress, whole, broken = Progress("reading images", len(files), "images"), [], []
     warnings.filterwarnings("ignore", module="PIL")  # what cannot be read is named below
@@ -45,7 +46,7 @@ def decode_all(files, size, channels, out, skip_broken):
                 progress(first + i + 1)
     progress.close()
     out.write(np.array(whole, np.int32).tobytes())
-    if len(broken) == len(files):
+    if len(broken) == len(files) and not none:
         raise Failure(f"{files[0].parent}: none of its {len(files)} files is an image")
     if broken:
         note(f"left out {len(broken)} of {len(files)} files that are no images, such as "

@@ -30,37 +30,61 @@ def parse_size(text):
     return H, W
 
 
-def load(folder, size, channels, cache_dir, skip_broken, labelled=False):
-    """Every image under `folder`, cropped to `size` (H, W): uint8 (N, C, H, W), and the paths of their files.
+def load(folder, size, channels, cache_dir, skip_broken, labelled=False, part="all", limit=None):
+    """Images under `folder`, cropped to `size` (H, W): uint8 (N, C, H, W), and the paths of their files.
 
-    Raises Failure for a folder without images, a file that is no image (unless skip_broken), a labelled
-    image outside the subfolders, and a folder that changes meanwhile.
+    part: "all" of them, those for "training", or those "held out"; limit: a choice of so many, of all its
+    parts alike. Raises Failure for a folder without images, a file that is no image (unless skip_broken), a
+    labelled image outside the subfolders, and a folder that changes meanwhile.
     """
     root, (H, W) = pathlib.Path(folder), size
+    every = listed(folder)
+    files = [every[i] for i in chosen(len(every), part, limit)]
+    state = stamps(files)
+    key = hashlib.sha256(repr((4, state, size, channels, skip_broken)).encode()).hexdigest()[:16]
+    name = os.fsdecode(os.fsencode(root.resolve().name)[:100])  # a longer one might be refused
+    cache = pathlib.Path(cache_dir) / f"{name}-{H}x{W}x{channels}-{key}.u8"
+    whole = cached(cache, channels * H * W, len(files))
+    if files and not len(whole):
+        if labelled and not skip_broken:
+            labels_of(root, every)  # refuses an image without a class before the work of decoding
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(cache, through_links=False) as out:
+            decode_all(files, size, channels, out, skip_broken, none=part == "held out")
+            out.seek(0)
+            out.write(checksum(out))
+            if stamps(files) != state or listed(folder) != every:
+                raise Failure(f"--data {folder}: changed while it was read; start again when it is at rest")
+        whole = cached(cache, channels * H * W, len(files))
+    if not len(whole):  # of the few that are held out, all may be broken
+        return np.empty((0, channels, H, W), np.uint8), []
+    images = np.memmap(cache, np.uint8, "c", shape=(len(whole), channels, H, W))
+    return images, [files[i] for i in whole]
+
+
+def listed(folder):
+    """The files of a folder, in the order of their names. Raises Failure for one without files."""
+    root = pathlib.Path(folder)
     if not root.is_dir():
         problem = "it is a file" if root.exists() else "there is no such folder"
         raise Failure(f"--data {folder}: neither glyphs nor cifar10, and {problem}")
     files = sorted(visible_files(root))
     if not files:
         raise Failure(f"--data {folder}: there are no images in it")
-    state = stamps(files)
-    key = hashlib.sha256(repr((3, state, size, channels, skip_broken)).encode()).hexdigest()[:16]
-    name = os.fsdecode(os.fsencode(root.resolve().name)[:100])  # a longer one might be refused
-    cache = pathlib.Path(cache_dir) / f"{name}-{H}x{W}x{channels}-{key}.u8"
-    whole = cached(cache, channels * H * W, len(files))
-    if not len(whole):
-        if labelled and not skip_broken:
-            labels_of(root, files)  # refuses an image without a class before the work of decoding
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(cache, through_links=False) as out:
-            decode_all(files, size, channels, out, skip_broken)
-            out.seek(0)
-            out.write(checksum(out))
-            if stamps(sorted(visible_files(root))) != state:
-                raise Failure(f"--data {folder}: changed while it was read; start again when it is at rest")
-        whole = cached(cache, channels * H * W, len(files))
-    images = np.memmap(cache, np.uint8, "c", shape=(len(whole), channels, H, W))
-    return images, [files[i] for i in whole]
+    return files
+
+
+def held_out(count):
+    """How many of `count` images are held out: a twentieth, 512 at most, none of fewer than 40."""
+    return min(512, count // 20) if count >= 40 else 0
+
+
+def chosen(count, part, limit=None):
+    """The places, in order, of the images of a part ("all", "training", "held out") out of `count`, or of
+    `limit` of them. A fixed seed shuffles all; those held out come first."""
+    order, held = np.random.default_rng(0).permutation(count), held_out(count)
+    places = {"all": order, "training": order[held:], "held out": order[:held]}[part]
+    return sorted(places[:limit].tolist())
 
 
 def cached(cache, pixels, count):

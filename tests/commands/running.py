@@ -11,7 +11,7 @@ from PIL import Image
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TINY = ("--limit 64 --batch-size 16 --width 8 --timesteps 20 --warmup 0 --device cpu --precision fp32 "
-        "--sample-every 0").split()  # fmt: skip
+        "--micro-batch 16 --sample-every 0").split()  # fmt: skip
 
 
 def start(*command, **how):

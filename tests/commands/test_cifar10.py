@@ -13,7 +13,7 @@ import pytest
 
 import train
 from support import data
-from support.data import cifar10
+from support.data import cifar10, folder
 
 
 @pytest.fixture
@@ -59,10 +59,12 @@ def test_cifar10_is_found_unpacked_with_its_pixels_in_place(cifar):
         raw = np.fromfile(cifar / cifar10.FOLDER / "test_batch.bin", np.uint8)
         assert test.shape == (10, 3, 32, 32) and (test[0].ravel() == raw[1:3073]).all()
         assert (labels == raw[::3073]).all()
-    few = dict(train=False, data_dir=str(cifar), limit=7)
+    few = dict(part="held out", data_dir=str(cifar), limit=7)
     assert data.load("cifar10", **few).labels is None
     _, labels, classes = data.load("cifar10", **few, labels=True)
-    assert labels.tolist() == raw[: 7 * 3073 : 3073].tolist() and classes[3:6] == ["cat", "deer", "dog"]
+    chosen = folder.chosen(10, "all", 7)
+    assert labels.tolist() == raw[::3073][chosen].tolist() and classes[3:6] == ["cat", "deer", "dog"]
+    assert len(set(chosen)) == 7 and chosen != list(range(7))
 
 
 def test_cifar10_is_downloaded_checked_and_unpacked_once(server, tmp_path):

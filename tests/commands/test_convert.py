@@ -546,7 +546,7 @@ def losses(folder, name="log.jsonl"):
 
 def loss_of(net, d, steps):
     """The mean loss of a network on the first batches of TINY's run: their images, t and noise are known."""
-    train_set = train.data.load("glyphs", True, "data", None, None, False, True, 64)
+    train_set = train.data.load("glyphs", "training", "data", None, None, False, True, 64)
     how = dict(data=train_set, d=d, device=torch.device("cpu"), batch_size=16, seed=0, flip=False)
     draws = [batches.draw(step, **how) for step in range(steps)]
     with torch.no_grad():

@@ -27,9 +27,9 @@ def test_glyphs_are_the_same_for_the_same_seed_and_others_are_held_out():
     c, _ = glyphs.draw(50, seed=4)
     assert a.dtype == np.uint8 and (a == b).all() and not (a == c).all()
     assert labels.shape == (50,) and labels.max() < len(glyphs.GLYPHS)
-    held_out = data.load("glyphs", train=False).images
+    held_out = data.load("glyphs", "held out").images
     assert len(held_out) == 2000
-    training = {image.tobytes() for image in data.load("glyphs", train=True).images.numpy()}
+    training = {image.tobytes() for image in data.load("glyphs", "training").images.numpy()}
     assert not training & {image.tobytes() for image in held_out.numpy()}
 
 
@@ -157,7 +157,7 @@ def test_a_folders_subfolders_are_its_classes(call, tmp_path):
         assert status == 0 and "5 images, 8x8x1, 3 classes" in out, err
     saved = checkpoint.load("ckpt.pt")
     assert saved["classes"] == ["big dog", "cat", "eel"] and saved["network"]["num_classes"] == 3
-    images, labels, _ = data.load(saved["config"]["data"], True, size=(8, 8), channels=1, skip_broken=True,
+    images, labels, _ = data.load(saved["config"]["data"], "all", size=(8, 8), channels=1, skip_broken=True,
                                   labels=True)  # fmt: skip
     assert ((images[:, 0, 0, 0] - 10) // 100).tolist() == labels.tolist() == [0, 1, 1, 1, 2]
     assert call(sample, "--ckpt", "ckpt.pt", "--out", "a.npz", "--n", 3, "--label", "eel,big dog")[0] == 0

@@ -1,0 +1,235 @@
+"""What a step of this network costs here: seconds and memory; hence its precision, and images at a time.
+
+Memory is counted before anything is computed: the tensors that a forward pass keeps for its backward pass, of
+a network without numbers. Time is measured, in steps that change no weight and draw from no generator.
+"""
+
+import itertools
+import os
+import pathlib
+import resource
+import sys
+import time
+from typing import NamedTuple
+
+import torch
+
+import ddpm
+from support import devices, workers
+from support.errors import Failure
+
+UNKNOWN = 4 * 2**30  # bytes that count as free where no free memory can be read
+A_WEIGHT = 20  # bytes: float32 of the weight, its gradient, Adam's two averages, and the moving average
+CLEAR = 0.9  # a choice is faster if it takes this much of the time, or less; the rest may be noise
+
+
+class Cost(NamedTuple):
+    """A step on this machine: of so many `images` at a time, in bf16 or not."""
+
+    bf16: bool
+    images: int
+    seconds: float  # of the whole step
+    memory: int  # bytes: network, optimiser and what the backward pass needs
+    free: int | None  # bytes, before the first step; None if it cannot be read
+    other: float | None  # seconds of a step in the other precision, if it was tried
+
+    def __str__(self):
+        name, other = ("bf16", "fp32") if self.bf16 else ("fp32", "bf16")
+        than = f" (about {self.other:.2g} in {other})" if self.other else ""
+        of = f"of the {gigabytes(self.free)} that are free" if self.free else "(what is free cannot be read)"
+        return (f"about {self.seconds:.2g} seconds in {name}{than}, {self.images} images at a time, at most "
+                f"{gigabytes(self.memory)} {of}")
+
+
+# --- Memory --------------------------------------------------------------------------------------
+
+
+def needed(network, shape, images):
+    """The bytes of a step on so many images, at most, in any precision: ddpm.UNet(**network) on images of
+    `shape` (C, H, W)."""
+    with torch.device("meta"):  # tensors that have a shape and no numbers
+        net = ddpm.UNet(**network).to(memory_format=torch.channels_last)
+        # The second of two images takes what an image takes; the first takes what a step does, too.
+        one, two = (kept(net, torch.empty(n, *shape), torch.ones(n, dtype=torch.int64)) for n in (1, 2))
+    weights = sum(weight.numel() for weight in net.parameters())
+    return A_WEIGHT * weights + one + (images - 1) * (two - one)
+
+
+def kept(net, xt, t):
+    """The bytes that a forward pass keeps for its backward pass."""
+    tensors = {}  # each storage once, held, so that no other takes its address
+
+    def keep(tensor):
+        if not isinstance(tensor, torch.nn.Parameter):
+            tensors[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        net(xt.contiguous(memory_format=torch.channels_last), t).sum()
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors.values())
+
+
+def free_memory(device):
+    """The bytes that a process may still take on a device; None where that cannot be read."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    shared = int(os.environ.get("LOCAL_WORLD_SIZE") or 1) if workers.several() else 1
+    limits = [*machine(), *container(), *process()]
+    return max(0, min(limits)) // shared if limits else None
+
+
+def machine():
+    """The bytes that Linux can give without swapping."""
+    for line in lines("/proc/meminfo"):
+        if line.startswith("MemAvailable:"):
+            yield int(line.split()[1]) * 1024
+
+
+def container():
+    """The bytes that are left to this control group and to those above it, as a container sets them."""
+    for line in lines("/proc/self/cgroup"):
+        _, kinds, name = line.split(":", 2)
+        new = not kinds
+        if not new and "memory" not in kinds.split(","):
+            continue
+        root = pathlib.Path("/sys/fs/cgroup" if new else "/sys/fs/cgroup/memory")
+        most, used = (("memory.max", "memory.current") if new
+                      else ("memory.limit_in_bytes", "memory.usage_in_bytes"))
+        own = root / name.strip("/")
+        for folder in (own, *own.parents):
+            limit, now = ("".join(lines(folder / file)) for file in (most, used))
+            if limit.isdecimal() and now.isdecimal():  # "max" is none
+                files = [int(line.split()[1]) for line in lines(folder / "memory.stat")
+                         if line.startswith(("inactive_file ", "total_inactive_file "))]
+                yield int(limit) - int(now) + max(files, default=0)  # caches of files make room
+            if folder == root:
+                break
+
+
+def process():
+    """The bytes that ulimit -v leaves."""
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    pages = "".join(lines("/proc/self/statm")).split()
+    if limit != resource.RLIM_INFINITY and pages:
+        yield limit - int(pages[0]) * resource.getpagesize()
+
+
+def lines(path):
+    """The lines of a file of the system; none where there is no such file."""
+    try:
+        return pathlib.Path(path).read_text().splitlines()
+    except (OSError, UnicodeDecodeError):
+        return []
+
+
+# --- Time ----------------------------------------------------------------------------------------
+
+
+def trial(net, about, batch, device, precision="auto", at_a_time="auto"):
+    """The Cost of a step of `batch` images of this process, by the faster precision and number at a time.
+
+    about: network and shape. precision: auto, fp32 or bf16. at_a_time: auto, or a number that is asked for;
+    auto takes more images as long as each then takes less time, and at most half of what memory is free.
+    Several processes agree. Raises Failure if not even one image fits.
+    """
+    free = free_memory(device)
+    most = fitting(about, batch, UNKNOWN if free is None else free)
+    seconds = {}
+
+    def measured(bf16, n):
+        """The seconds an image, n at a time."""
+        if (bf16, n) not in seconds:
+            seconds[bf16, n] = timed(net, about["shape"], n, device, bf16)
+        return seconds[bf16, n]
+
+    # Both precisions, on as many images as take a fifth of a second: fewer are mostly overhead.
+    first = precision == "bf16"
+    n = 1 if at_a_time == "auto" else min(int(at_a_time), batch)
+    while at_a_time == "auto" and 2 * n <= most and n * measured(first, n) < 0.2:
+        n *= 2
+    both = [measured(bf16, n) if precision in ("auto", name) else 0.0
+            for bf16, name in ((False, "fp32"), (True, "bf16"))]
+    fp32, half = workers.total(torch.tensor(both, device=device)).tolist()
+    bf16 = precision == "bf16" or (precision == "auto" and half < CLEAR * fp32)
+
+    # More at a time, while each then takes less time, or fewer. What takes a second gains nothing more.
+    while at_a_time == "auto" and n < most and n * measured(bf16, n) < 1:
+        if measured(bf16, more := min(2 * n, most)) > 0.97 * measured(bf16, n):
+            break
+        n = more
+    while at_a_time == "auto" and n > 1 and measured(bf16, n // 2) < 0.97 * measured(bf16, n):
+        n //= 2
+    devices.use_precision(bf16)
+    slowest, fewest = workers.largest(torch.tensor([batch * measured(bf16, n), -n], device=device)).tolist()
+    n = round(-fewest)
+    other = batch * both[not bf16] or None
+    return Cost(bf16, n, slowest, needed(about["network"], about["shape"], n), free, other)
+
+
+def in_bf16(net, shape, n, device, precision):
+    """Whether a network samples in bf16: as `precision` says, or for auto if that is clearly faster."""
+    bf16 = precision == "bf16"
+    if precision == "auto":
+        n = min(n, 16)
+        fp32, half = (timed(net, shape, n, device, kind, training=False) for kind in (False, True))
+        bf16 = half < CLEAR * fp32
+    devices.use_precision(bf16)
+    return bf16
+
+
+def fitting(about, batch, free):
+    """The largest number of images, up to `batch`, whose step takes at most half of the free memory."""
+    network, shape = about["network"], about["shape"]
+    one, two = (needed(network, shape, n) for n in (1, 2))
+    if one > free:
+        raise Failure(f"not even one image of {shape[1]}x{shape[2]} fits: with this network a step takes "
+                      f"{gigabytes(one)}, and {gigabytes(free)} of memory are free; "
+                      f"{smaller(network, shape, free)}")
+    return max(1, min(batch, 1 + int((free / 2 - one) / (two - one))))
+
+
+def smaller(network, shape, free):
+    """What would fit, in words: images of half the side, or a quarter, ..."""
+    C, H, W = shape
+    least = 2 ** (len(network["mult"]) - 1)
+    for half in itertools.takewhile(lambda n: min(H, W) // n >= least, (2**k for k in itertools.count(1))):
+        h, w = (side // half // least * least for side in (H, W))
+        if needed(network, (C, h, w), 1) < free / 2:
+            return f"--size {h}x{w} takes {gigabytes(needed(network, (C, h, w), 1))}"
+    return "a smaller --width, or a machine with more, is needed"
+
+
+def timed(net, shape, n, device, bf16, training=True):
+    """The seconds that each of n images takes, forward and, in training, backward: the best of a few after a
+    first, which chooses kernels. Weights, modes and generators are left as they were."""
+    devices.use_precision(bf16)
+    xt = torch.zeros(n, *shape, device=device).contiguous(memory_format=torch.channels_last)
+    t, best, began = torch.ones(n, dtype=torch.int64, device=device), float("inf"), time.monotonic()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):  # dropout draws
+        for i in itertools.count():
+            start = time.monotonic()
+            with torch.set_grad_enabled(training), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                loss = net(xt, t).float().square().mean()
+            if training:
+                loss.backward()
+            loss.item()  # waits for the device
+            if i:
+                best = min(best, time.monotonic() - start)
+            if i and (i == 5 or time.monotonic() - began > 0.5):
+                break
+    net.zero_grad()
+    return best / n
+
+
+def used(device):
+    """The most bytes that this process has taken: of a GPU's memory, or of the machine's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def gigabytes(count):
+    """Bytes as a person reads them."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.0f} MB"

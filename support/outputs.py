@@ -1,0 +1,72 @@
+"""The names of what a run writes beside its checkpoint, and how an earlier run's files make way for them."""
+
+import glob
+import itertools
+import os
+import pathlib
+import re
+
+from support import workers
+from support.data import is_folder
+from support.errors import UsageError
+from support.files import writable
+from support.monitor import refuse_log
+from support.progress import note
+
+
+def grid_name(out, epoch):
+    """ckpt.0005.png for ckpt.pt, and ckpt-0005.png for a name without .pt: no two runs share a grid."""
+    stem, dot = (out[:-3], ".") if out.endswith(".pt") and len(os.path.basename(out)) > 3 else (out, "-")
+    return f"{stem}{dot}{epoch:04d}.png"
+
+
+def grids(out):
+    """The grids that lie beside a checkpoint, as {epoch: path}, the earliest first."""
+    before, after = grid_name(out, 0).rsplit("0000", 1)
+    found = {}
+    for path in glob.glob(f"{glob.escape(before)}*{after}"):
+        number = path[len(before) : -len(after)]
+        if re.fullmatch("[0-9]{4,9}", number) and path == grid_name(out, int(number)):
+            found[int(number)] = path
+    return dict(sorted(found.items()))
+
+
+def refuse(cfg):
+    """Refuses an output of train.py that cannot be written, or that would damage something else."""
+    writable(cfg.out)
+    writable(grid_name(cfg.out, 0))
+    for name, path in (("--out", cfg.out), ("--log", cfg.log)):
+        above = pathlib.Path(path).resolve().parents if path else ()
+        if is_folder(cfg.data) and pathlib.Path(cfg.data).resolve() in above:
+            raise UsageError(f"{name} {path}: is inside --data, and would be taken for one of its images")
+    if cfg.init and os.path.exists(cfg.out) and os.path.samefile(cfg.out, cfg.init):
+        raise UsageError(f"--out {cfg.out}: is the checkpoint of --init, and would be lost; name another")
+    if cfg.log:
+        refuse_log(cfg.log, (cfg.out, cfg.resume or cfg.init or cfg.out))
+
+
+def make_way(cfg):
+    """Renames what another run left at --out."""
+    own = cfg.resume and os.path.exists(cfg.out) and os.path.samefile(cfg.out, cfg.resume)
+    if workers.is_first() and not own and (old := set_aside(cfg.out)):
+        note(f"note: {cfg.out} was another run's, and is now {old}, with its grids")
+
+
+def set_aside(out):
+    """Renames a checkpoint and its grids, for a new run that will write there: ckpt.pt becomes ckpt.1.pt, or
+    the first free number. Returns what it is called now; None if there was nothing."""
+    if not os.path.lexists(out) and not grids(out):
+        return None
+    free = next(name for name in names_after(out) if not os.path.lexists(name) and not grids(name))
+    for epoch, path in grids(out).items():
+        os.rename(path, grid_name(free, epoch))
+    if os.path.lexists(out):  # last: what is half renamed is renamed by the next run
+        os.rename(out, free)
+    return free
+
+
+def names_after(out):
+    """ckpt.1.pt, ckpt.2.pt, ... for ckpt.pt."""
+    path = pathlib.Path(out)
+    stem, suffix = (path.stem, path.suffix) if path.suffix == ".pt" else (path.name, "")
+    return (str(path.with_name(f"{stem}.{i}{suffix}")) for i in itertools.count(1))
