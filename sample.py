@@ -10,7 +10,7 @@ from dataclasses import MISSING, dataclass
 import numpy as np
 import torch
 
-from support import budget, checkpoint, command, devices, pictures, sampling
+from support import checkpoint, command, devices, pictures, sampling
 from support.command import flag
 from support.errors import Failure, UsageError
 from support.files import refuse_input
@@ -50,7 +50,8 @@ class Config:
 
     batch_size: int = flag(256, "number of images drawn at a time", low=1, group="machine")
     device: str = flag("auto", "device to compute on: auto, cpu, cuda, cuda:1, mps, ...")
-    precision: str = flag("auto", "precision of the network; auto is what a trial step shows to be faster",
+    precision: str = flag("auto", "precision of the network; auto is that of its training, where the "
+                          "hardware has it",
                           choices=("auto", "fp32", "bf16"))
     compile: bool = flag(False, "compile the network: slow to start, faster on a GPU")
 
@@ -70,7 +71,8 @@ def main(cfg, given):
 
     # The images, a batch at a time, and what a film shows of them on the way. Only the network computes in
     # bf16: x_t stays float32 from step to step.
-    bf16 = budget.in_bf16(net, ckpt["shape"], min(len(labels), cfg.batch_size), device, cfg.precision)
+    bf16 = devices.samples_in_bf16(cfg.precision, device, ckpt.get("config", {}).get("precision"))
+    devices.use_precision(bf16)
     net = torch.compile(net) if cfg.compile else net
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         images, film = draw(cfg, net, d, ckpt, labels, steps, eta, variance, filming=kind in pictures.SIDES)

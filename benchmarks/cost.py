@@ -20,7 +20,7 @@ import time
 import numpy as np
 import torch
 from PIL import Image
-from train_speed import ours, take_turns
+from train_speed import by_default, ours, take_turns
 
 import train
 from support import batches, devices, recipes
@@ -37,10 +37,11 @@ SWEEPS = {
 def step_cost(device, batch, width, size):
     """(seconds, bytes) of a training step, the median of three after two."""
     device = torch.device(device)
-    cfg = recipes.complete(train.Config(data="folder", size=str(size), channels=3, width=width))
+    cfg = recipes.complete(train.Config(data="folder", size=str(size), channels=3, width=width), device.type)
     network = recipes.network(cfg, (3, size, size), 0)
     x = torch.rand(batch, 3, size, size, device=device)
-    _, step = ours(x, devices.use_precision("auto", device), False, **network)
+    cost = by_default(x, **network)
+    _, step = ours(x, cost.bf16, False, cost.images, **network)
     seconds, peaks = take_turns({"": step}, 3, device)
     return seconds[""], peaks[""] or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
@@ -101,8 +102,7 @@ def main():
     cuda = device.type == "cuda"
     base = dict(batch=128, width=128, size=32) if cuda else dict(batch=16, width=32, size=32)
     name = torch.cuda.get_device_name(device) if cuda else f"{torch.get_num_threads()} CPU threads"
-    kind = "bf16" if devices.in_bf16("auto", device) else "float32"
-    print(f"{name}, torch {torch.__version__}, {kind}")
+    print(f"{name}, torch {torch.__version__}, precision and images at a time as train.py's trial chooses")
     print(f"{'batch':>6} {'width':>6} {'size':>5} {'s/step':>10} {'images/s':>10} {'memory':>11}")
     for what in SWEEPS:
         sweep(what, device, base, given.seconds)

@@ -12,7 +12,7 @@ import contextlib
 import io
 
 import torch
-from train_speed import contestants, diffusers_network, flags, table, title
+from train_speed import by_default, contestants, diffusers_network, flags, table, title
 
 import ddpm
 from support import devices
@@ -73,8 +73,10 @@ def denoising_diffusion_pytorch(x):
 
 def main():
     given = flags(__doc__, 512)
-    bf16 = devices.use_precision("auto", given.device)
     x = torch.randn(given.batch_size, 3, 32, 32, device=given.device)
+    trained = "bf16" if by_default(x[:8]).bf16 else "fp32"  # by train.py
+    bf16 = devices.samples_in_bf16("auto", given.device, trained)
+    devices.use_precision(bf16)
     found = contestants({
         "ddpm.py": lambda: ours(x, bf16, given.compile),
         "diffusers, as it comes": lambda: diffusers(x, False, False, False),

@@ -26,10 +26,16 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import ddpm
 import train
-from support import devices
+from support import budget, devices
 
 
-def ours(x, bf16, compiled, **network):
+def by_default(x, **network):
+    """What train.py's trial step chooses for such a batch: its precision, and how many images at a time."""
+    net = ddpm.UNet(**network).to(x.device, memory_format=torch.channels_last)
+    return budget.trial(net, dict(network=network, shape=x.shape[1:]), len(x), x.device)
+
+
+def ours(x, bf16, compiled, micro=None, **network):
     """train.py's own step, of the paper's network or of another."""
     net = ddpm.UNet(**network).to(x.device, memory_format=torch.channels_last)
     ema = copy.deepcopy(net).requires_grad_(False)
@@ -41,7 +47,7 @@ def ours(x, bf16, compiled, **network):
         x0 = x.contiguous(memory_format=torch.channels_last)
         t, eps = torch.randint(1, d.T + 1, (len(x),)), torch.randn_like(x0)
         plain = lambda xt, t, y: model(xt, t)  # noqa: E731
-        train.update(plain, d, (x0, None, t, eps), optimizer, 2e-4, ema, 0.9999, bf16)
+        train.update(plain, d, (x0, None, t, eps), optimizer, 2e-4, ema, 0.9999, bf16, micro=micro)
 
     return net, step
 
@@ -195,10 +201,12 @@ def title(device, B, bf16, compiled):
 
 def main():
     given = flags(__doc__, 128)
-    bf16 = devices.use_precision("auto", given.device)
     x = (torch.rand(given.batch_size, 3, 32, 32) * 2 - 1).to(given.device)
+    cost = by_default(x)
+    bf16 = cost.bf16
+    print(f"train.py's trial: {cost}")
     found = contestants({
-        "ddpm.py": lambda: ours(x, bf16, given.compile),
+        "ddpm.py": lambda: ours(x, bf16, given.compile, cost.images),
         "diffusers, as its example": lambda: diffusers(x, False, False, False),
         "diffusers, at its best": lambda: diffusers(x, True, bf16, given.compile),
         "denoising-diffusion-pytorch": lambda: denoising_diffusion_pytorch(x),

@@ -151,7 +151,7 @@ def trial(net, about, batch, device, precision="auto", at_a_time="auto"):
         n *= 2
     both = [measured(bf16, n) if precision in ("auto", name) else 0.0
             for bf16, name in ((False, "fp32"), (True, "bf16"))]
-    fp32, half = workers.total(torch.tensor(both, device=device)).tolist()
+    fp32, half = workers.total(torch.tensor(both, device=device)).cpu().tolist()
     bf16 = precision == "bf16" or (precision == "auto" and half < CLEAR * fp32)
 
     # More at a time, while each then takes less time, or fewer. What takes a second gains nothing more.
@@ -162,21 +162,11 @@ def trial(net, about, batch, device, precision="auto", at_a_time="auto"):
     while at_a_time == "auto" and n > 1 and measured(bf16, n // 2) < 0.97 * measured(bf16, n):
         n //= 2
     devices.use_precision(bf16)
-    slowest, fewest = workers.largest(torch.tensor([batch * measured(bf16, n), -n], device=device)).tolist()
+    slowest = workers.largest(torch.tensor([batch * measured(bf16, n), -n], device=device))
+    slowest, fewest = slowest.cpu().tolist()
     n = round(-fewest)
     other = batch * both[not bf16] or None
     return Cost(bf16, n, slowest, needed(about["network"], about["shape"], n), free, other)
-
-
-def in_bf16(net, shape, n, device, precision):
-    """Whether a network samples in bf16: as `precision` says, or for auto if that is clearly faster."""
-    bf16 = precision == "bf16"
-    if precision == "auto":
-        n = min(n, 16)
-        fp32, half = (timed(net, shape, n, device, kind, training=False) for kind in (False, True))
-        bf16 = half < CLEAR * fp32
-    devices.use_precision(bf16)
-    return bf16
 
 
 def fitting(about, batch, free):
@@ -201,19 +191,18 @@ def smaller(network, shape, free):
     return "a smaller --width, or a machine with more, is needed"
 
 
-def timed(net, shape, n, device, bf16, training=True):
-    """The seconds that each of n images takes, forward and, in training, backward: the best of a few after a
-    first, which chooses kernels. Weights, modes and generators are left as they were."""
+def timed(net, shape, n, device, bf16):
+    """The seconds that each of n images takes, forward and backward: the best of a few after a first, which
+    chooses kernels. Weights, modes and generators are left as they were."""
     devices.use_precision(bf16)
     xt = torch.zeros(n, *shape, device=device).contiguous(memory_format=torch.channels_last)
     t, best, began = torch.ones(n, dtype=torch.int64, device=device), float("inf"), time.monotonic()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):  # dropout draws
         for i in itertools.count():
             start = time.monotonic()
-            with torch.set_grad_enabled(training), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 loss = net(xt, t).float().square().mean()
-            if training:
-                loss.backward()
+            loss.backward()
             loss.item()  # waits for the device
             if i:
                 best = min(best, time.monotonic() - start)

@@ -24,6 +24,17 @@ def pick_device(name):
     return device
 
 
+def samples_in_bf16(precision, device, trained=None):
+    """Whether a network samples in bfloat16: as `precision` says. "auto" takes the precision that was faster
+    in its training, `trained`, where the hardware has it: what is drawn does not depend on a clock."""
+    if precision != "auto" or trained == "fp32":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    known = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return bool(known.get("avx512_bf16" if trained == "bf16" else "amx_bf16"))
+
+
 def use_precision(bf16):
     """Sets the precision of all that follows. float32 means float32: where networks do not compute in
     bfloat16, matrix products and convolutions do not use TF32 either."""

@@ -1,6 +1,8 @@
 """train.py: what it leaves, that its runs are exact, and which runs it does not go on with."""
 
 import fcntl
+import io
+import itertools
 import json
 import os
 import pathlib
@@ -20,7 +22,7 @@ from running import ROOT, TINY, equal, start, stripes
 import ddpm
 import reference_numpy as ref
 import train
-from support import batches, checkpoint, devices
+from support import batches, budget, checkpoint, devices, monitor, recipes, sampling, snapshots
 from support.errors import Failure
 
 
@@ -209,3 +211,120 @@ def test_a_schedule_that_leaves_the_image_in_xT_is_pointed_out(call):
     """The paper's linear schedule with T = 20 ends at alpha_bar_T = 0.8: a note, not a refusal."""
     status, _, err = call(train, *TINY, "--epochs", 1, "--schedule", "linear")
     assert status == 0 and "alpha_bar_T = 0.82" in err
+
+
+# --- What is said before the first step, and while it runs ------------------------------------------
+
+
+def test_what_will_happen_is_said_before_the_first_step(trained):
+    """Images, network, settings and why; seconds a step, images at a time, memory; epochs, steps and time."""
+    _, out = trained
+    before = out.split("epoch 1 of 4: loss")[0]
+    for words in ("glyphs: 64 images, 16x16x1, 10 classes; 2,000 more are held out",
+                  "settings: a small network", "a step: about ", "seconds in fp32, 16 images at a time, at most ", "are free",
+                  "4 epochs, 16 steps: about 0:0"):
+        assert words in before, before
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--warmup 9 --epochs 4", "--warmup 9: is most of the 16 steps"),
+    ("--epochs 4", "16 steps are too few for pictures"),
+    ("--epochs 1 --schedule linear", "alpha_bar_T = 0.82"),
+    ("--epochs 401 --limit 8 --batch-size 8 --timesteps 2", "401 epochs of 8 images: the network will copy"),
+])  # fmt: skip
+def test_settings_that_cannot_work_are_warned_of_in_a_line_each(call, flags, words):
+    status, _, err = call(train, *TINY, *flags.split())
+    assert status == 0 and [words in line for line in err.splitlines()].count(True) == 1, err
+
+
+def test_settings_that_work_are_not_warned_of():
+    """The README's first command, and the recipes for a folder of 300 and of 10,000 photos."""
+    cosine = ddpm.Diffusion(ddpm.cosine_schedule())
+    network = recipes.network(train.Config(data="album", width=32), (3, 32, 32), 0)
+    for cfg, images, steps in (
+        (train.Config(epochs=5, batch_size=32, warmup=20, lr=4e-3), 6_000, 938),
+        (train.Config(data="album", epochs=recipes.SEEN, batch_size=32, warmup=100, lr=1e-3), 285, 3563),
+        (train.Config(data="album", epochs=42, batch_size=32, warmup=100, lr=1e-3), 9_500, 12_469),
+    ):
+        about = dict(images=images, network=network, shape=(3, 32, 32))
+        assert list(recipes.warnings(cfg, about, steps, cosine)) == []
+
+
+def test_a_small_networks_groups_have_many_channels_each():
+    """A group of a few would normalise away the means, and with them the colours; the paper's has its 32."""
+    for width in range(4, 300, 4):
+        groups = recipes.network(train.Config(data="album", width=width), (3, 32, 32), 0)["groups"]
+        assert width % groups == 0 and (width // groups >= min(16, width) or width >= 128), (width, groups)
+    assert recipes.network(train.Config(data="album", width=128), (3, 32, 32), 0)["groups"] == 32
+
+
+@pytest.mark.parametrize("name, shape, device, recipe", [
+    ("glyphs", (1, 16, 16), "cpu", dict(width=24, batch_size=32, warmup=20, epochs=100)),
+    ("cifar10", (3, 32, 32), "cuda", dict(width=128, batch_size=128, dropout=0.1, lr=2e-4, warmup=3906)),
+    ("album", (3, 32, 32), "cuda", dict(dropout=0.0, batch_size=128, lr=2e-4, epochs=128, warmup=500)),
+    ("album", (3, 128, 96), "cuda", dict(dropout=0.0, batch_size=64, lr=2e-4)),
+    ("album", (3, 256, 256), "mps", dict(dropout=0.0, batch_size=64, lr=2e-5, width=128)),
+    ("album", (3, 32, 32), "cpu", dict(width=32, batch_size=32, epochs=76, warmup=100, schedule="cosine")),
+    ("cifar10", (3, 32, 32), "cpu", dict(width=32, epochs=7)),
+])  # fmt: skip
+def test_the_recipe_follows_from_the_data_their_size_and_the_device(name, shape, device, recipe):
+    """App. B on a GPU, dropout on CIFAR-10 alone; on a CPU a small network, for 50 minutes."""
+    images = 50_000 if name == "cifar10" else 5_000
+    size = f"{shape[1]}x{shape[2]}" if name == "album" else None
+    cfg = recipes.complete(train.Config(data=name, size=size), device)
+    about = dict(shape=shape, images=images)
+    cfg = recipes.measured(cfg, about, budget.Cost(False, 32, 0.25, 0, 0, None), device)
+    assert {key: getattr(cfg, key) for key in recipe} == recipe
+
+
+def test_the_log_is_json_lines_of_numbers_and_never_beyond_the_last_epoch(call):
+    """Steps of 16 in 50 images do not end with an epoch; the log says 2, not 2.24."""
+    assert call(train, *TINY, "--limit", 50, "--epochs", 2, "--log", "log.jsonl")[0] == 0
+    lines = [json.loads(line) for line in pathlib.Path("log.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] == 7 and lines[-1]["epoch"] == 2
+    for line in lines:
+        assert {"step", "epoch", "loss", "lr", "images_per_s", "memory_gb", "seconds"} <= set(line)
+        assert all(isinstance(number, (int, float)) for number in line.values())
+        assert ("held_out" in line) == (line["step"] in (4, 7)) and 0.05 < line["memory_gb"] < 50
+    status, _, err = call(train, "--resume", "ckpt.pt")
+    assert status == 2 and "has done 2 of 2 epochs" in err
+
+
+def test_time_that_is_no_training_is_not_charged_to_it(monkeypatch):
+    """Neither to an epoch nor to the images a second: a grid, a checkpoint, the loss on held-out images."""
+    clock = itertools.count(0, 10)
+    monkeypatch.setattr(monitor.time, "monotonic", lambda: next(clock))
+    watch = monitor.Monitor(train.Config(epochs=1, batch_size=4), 8, 0, 2, torch.device("cpu"))
+    began = watch.epoch_began, watch.reported_at, watch.progress.began
+    with watch.aside():
+        pass
+    after = watch.epoch_began, watch.reported_at, watch.progress.began
+    assert [b - a for a, b in zip(began, after)] == [10, 10, 10]
+
+
+def test_ctrl_c_is_answered_at_once(capfd):
+    """Before the step is over, which may take a minute; the second one ends the run."""
+    watch = monitor.Monitor(train.Config(epochs=1, batch_size=4), 8, 0, 2, torch.device("cpu"))
+    watch.stop(signal.SIGINT, None)
+    assert "stopping after this step; Ctrl-C again to stop now" in capfd.readouterr().err
+    with pytest.raises(KeyboardInterrupt):
+        watch.stop(signal.SIGINT, None)
+
+
+def test_a_grid_takes_the_time_of_a_few_steps(call, monkeypatch):
+    """A step computes three passes over its batch, and a grid at most twelve, with any number of classes."""
+    for B, classes in ((32, 10), (32, 0), (128, 10), (64, 100)):
+        seen = []
+
+        def sample(net, d, shape, seeds, y, on_step, steps, seen=seen, **how):
+            seen.append(len(seeds) * steps)
+            return torch.zeros(len(seeds), *shape)
+
+        monkeypatch.setattr(sampling, "sample", sample)
+        monkeypatch.setattr(snapshots, "replacing", lambda path: io.BytesIO())
+        about = dict(classes=[str(k) for k in range(classes)], shape=(3, 8, 8),
+                     process=checkpoint.process("cosine", 1000, "fixed"))  # fmt: skip
+        run = train.Run(None, torch.nn.Linear(1, 1), None, 0, about)
+        snapshots.draw_grid(train.Config(batch_size=B, micro_batch="16", precision="fp32"), run,
+                            ddpm.Diffusion(ddpm.cosine_schedule()), 1)
+        assert sum(seen) <= 12 * B, (B, classes, sum(seen))
