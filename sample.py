@@ -14,9 +14,10 @@ from support import checkpoint, command, devices, pictures, sampling
 from support.command import flag
 from support.errors import Failure, UsageError
 from support.files import refuse_input
-from support.progress import Progress, say
+from support.progress import Progress, note, say
 
 FRAMES = 24  # of a film, about
+SHORT = 50_000  # steps of training, before which a network is wrong about colours (docs/training.md)
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,8 @@ def main(cfg, given):
         raise UsageError(f"--guidance {cfg.guidance:g}: the network knows no classes (train.py --labels)")
     labels, rows = sampling.class_labels(ckpt["classes"], cfg.label, cfg.n)
     pictures.refuse_too_large(kind, ckpt["shape"], len(labels), rows)
+    if eta == 0 and cfg.eta is None and ckpt["shape"][0] == 3 and 0 < ckpt["step"] < SHORT:
+        note("note: eta 0 makes the colours of so short a training too strong; --eta 1 corrects them")
 
     # The images, a batch at a time, and what a film shows of them on the way. Only the network computes in
     # bf16: x_t stays float32 from step to step.

@@ -41,6 +41,13 @@ def recipe_for(cfg, shape, device):
     return larger, "the paper's for images of this size (App. B)"
 
 
+def reason(cfg, about, device):
+    """Why the settings that no flag gave are what they are."""
+    if cfg.resume:
+        return "those with which the run began"
+    return recipe_for(cfg, about["shape"], device)[1] + (", with a tenth of the rate" if cfg.init else "")
+
+
 def settled(cfg, given, saved=None, start=None):
     """The settings of a run, and its device: a new run, one to resume (`saved`), or one from other weights
     (`start`). What follows from a trial step is left to measured()."""
