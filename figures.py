@@ -242,14 +242,15 @@ def embedding(scene):
 def epochs(scene):
     """A network learns: images of the same seeds, as it drew them after each epoch, or every few.
 
-    Look down a column, below the class that was asked for, if any. A row is the first column of a grid
-    that train.py wrote beside the checkpoint, ten images at most.
+    Look down a column, below the class that was asked for, if any. A row is from a grid that train.py wrote
+    beside the checkpoint: its first images, column by column, ten at most.
     """
     rows, ((tall, wide), _), classes = [], cell(*scene.ckpt["shape"][1:]), scene.ckpt["classes"]
     grids = outputs.grids(scene.cfg.ckpt)
     for path in grids.values():
-        column = np.asarray(Image.open(path).convert("RGB"))[:, 2:wide]
-        rows.append([column[top : top + tall - 2] for top in range(2, len(column) - 2, tall)][:10])
+        grid = np.asarray(Image.open(path).convert("RGB"))
+        rows.append([grid[top : top + tall - 2, left : left + wide - 2]
+                     for left in range(2, grid.shape[1] - 2, wide) for top in range(2, len(grid) - 2, tall)][:10])
     asked = [classes[y] for y in sampling.class_labels(classes)[0][: len(rows[0])]] if classes else []
     return sheet(rows, asked, [f"epoch {epoch}" for epoch in grids], scale=1)
 

@@ -29,7 +29,7 @@ class Config:
                     metavar="PATH")
     weights: str = flag("ema", "weights to use: their moving average, or the last", choices=("ema", "raw"))
 
-    n: int | None = flag(None, "number of images (default: 64, or up to 8 of each class)", low=1,
+    n: int | None = flag(None, "number of images (default: 64, or up to 8 of each class)", low=1, high=10**6,
                          group="images")
     label: str | None = flag(None, "classes to draw, by name, such as 7 or cat,dog (default: all); a grid "
                              "has one a row", metavar="CLASS")

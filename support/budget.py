@@ -17,6 +17,7 @@ import torch
 import ddpm
 from support import devices, workers
 from support.errors import Failure
+from support.progress import say
 
 UNKNOWN = 4 * 2**30  # bytes that count as free where no free memory can be read
 A_WEIGHT = 20  # bytes: float32 of the weight, its gradient, Adam's two averages, and the moving average
@@ -134,6 +135,8 @@ def trial(net, about, batch, device, precision="auto", at_a_time="auto"):
     auto takes more images as long as each then takes less time, and at most half of what memory is free.
     Several processes agree. Raises Failure if not even one image fits.
     """
+    if workers.is_first():
+        say(f"trying a step of {batch:,} images, for its time and memory")
     free = free_memory(device)
     most = fitting(about, batch, UNKNOWN if free is None else free)
     seconds = {}

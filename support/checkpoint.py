@@ -119,10 +119,11 @@ def check_contents(ckpt):
     fit(network["out_channels"] == {"beta": C, "beta_tilde": C, "learned": 2 * C}[process["variance"]])
     fit(H % factor == W % factor == 0)
     if holds_run(ckpt):
-        fit(is_whole(ckpt.get("held_out", 0), 0, 2**53))  # older runs held out nothing of a folder
         config, learns = ckpt["config"], process["variance"] == "learned"
         fit(isinstance(config["data"], str) and isinstance(config["labels"], bool) and ckpt["step"] > 0)
         fit(config["variance"] == ("learned" if learns else "fixed"))
+        fit(config.get("limit") is None or is_whole(config["limit"], 1, 2**31))
+        fit(is_whole(ckpt.get("held_out", 0), 0, 2**53))  # older runs held out nothing of a folder
 
 
 def check_network(network):

@@ -83,6 +83,9 @@ def refuse_too_large(kind, shape, n, rows):
     tall, wide = cell(*shape[1:], film_side(n))[0]
     if kind in SIDES and max(-(-n // rows) * wide, rows * tall) > SIDES[kind]:
         raise UsageError(f"--n {n}: too many for one {kind} picture; ask for fewer, or for a .png")
+    (tall, wide), _ = cell(*shape[1:])
+    if kind == ".png" and -(-n // rows) * wide * rows * tall > 10**8:  # a decoder takes it for an attack
+        raise UsageError(f"--n {n}: too many for one picture; ask for fewer, or for an .npz or a folder")
 
 
 def write(out, kind, images, labels, rows, film):

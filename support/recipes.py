@@ -76,9 +76,8 @@ def complete(cfg, device, shape=(3, 32, 32)):
     recipe, _ = recipe_for(cfg, shape, device)
     if cfg.init:  # trained weights: gentler steps
         recipe = dict(recipe, lr=recipe["lr"] / 10)
-    later = ("warmup",)
     return replace(cfg, **{name: value for name, value in recipe.items()
-                           if getattr(cfg, name) is None and name not in later})
+                           if getattr(cfg, name) is None and name != "warmup"})
 
 
 def measured(cfg, about, cost, device):

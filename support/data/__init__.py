@@ -101,7 +101,7 @@ def trained_on(ckpt, name, how):
     if name == config["data"]:  # a path out of a file is shown before it is read
         note(f"images of {name}, which the checkpoint names")
         return True
-    count, limit = len(folder.listed(name)), config["limit"]
+    count, limit = len(folder.listed(name)), config.get("limit")
     if ckpt["images"] != min(count - folder.held_out(count), limit or count):
         return False
     return fingerprint(load(name, "training", limit=limit, **how)) == ckpt["fingerprint"]

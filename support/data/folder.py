@@ -5,7 +5,6 @@ in the order of all files (a broken file that --skip-broken leaves out has no nu
 """
 
 import hashlib
-import math
 import os
 import pathlib
 
@@ -14,6 +13,7 @@ import numpy as np
 from support.data.decode import decode_all
 from support.errors import Failure, UsageError
 from support.files import replacing
+from support.progress import Progress
 
 CHECKSUM = 32  # bytes, at the end of a cache
 
@@ -105,10 +105,14 @@ def cached(cache, pixels, count):
 
 def checksum(file, length=None):
     """SHA-256 of what follows in a file: of `length` bytes, or of all. It is left behind them."""
-    digest, left = hashlib.sha256(), math.inf if length is None else length
-    while left and (chunk := file.read(min(left, 1 << 20))):
+    digest, done = hashlib.sha256(), 0
+    length = os.fstat(file.fileno()).st_size - file.tell() if length is None else length
+    progress = Progress("checking the cache", length, "bytes")
+    while chunk := file.read(min(length - done, 1 << 20)):
         digest.update(chunk)
-        left -= len(chunk)
+        done += len(chunk)
+        progress(done)
+    progress.close()
     return digest.digest()
 
 

@@ -29,7 +29,8 @@ from support.errors import Failure
 def test_training_says_what_it_does_and_leaves_a_checkpoint_a_log_and_grids(trained):
     folder, out = trained
     lines = out.splitlines()
-    assert lines[0].startswith("glyphs: 64 images") and "parameters" in lines[1] and "lr 0.004" in lines[2]
+    assert lines[0].startswith("trying a step") and lines[1].startswith("glyphs: 64 images")
+    assert "parameters" in lines[2] and "lr 0.004" in lines[3]
     assert [line.split(":")[0] for line in lines if line.startswith("epoch")] == [
         f"epoch {i} of 4" for i in (1, 2, 3, 4)]  # fmt: skip
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]

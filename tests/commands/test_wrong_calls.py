@@ -53,6 +53,8 @@ def test_help_explains_every_flag(call, module):
     (sample, "--ckpt {ckpt} --out a.png --label 7,Q", "--label Q: not a class of this checkpoint"),
     (train, "--variance guessed", "invalid choice: 'guessed'"),
     (sample, "--ckpt {ckpt} --out a.gif --n 99999 --steps 1", "too many for one .gif picture"),
+    (sample, "--ckpt {ckpt} --out a.png --n 99999 --steps 1", "too many for one picture"),
+    (sample, "--ckpt {ckpt} --out a.png --n 2000000000", "it must be from 1 to 1000000"),
     (sample, "--ckpt {ckpt} --out a.png --eta 2", "--eta: 2 is impossible"),
     (sample, "--ckpt {ckpt} --out a.png --label Q", "--label Q: not a class of this checkpoint; its classes"),
     (evaluate, "--ckpt {ckpt} --n 0", "--n: 0 is impossible"),
