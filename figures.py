@@ -249,8 +249,8 @@ def epochs(scene):
     grids = outputs.grids(scene.cfg.ckpt)
     for path in grids.values():
         grid = np.asarray(Image.open(path).convert("RGB"))
-        rows.append([grid[top : top + tall - 2, left : left + wide - 2]
-                     for left in range(2, grid.shape[1] - 2, wide) for top in range(2, len(grid) - 2, tall)][:10])
+        places = itertools.product(range(2, grid.shape[1] - 2, wide), range(2, len(grid) - 2, tall))
+        rows.append([grid[top : top + tall - 2, left : left + wide - 2] for left, top in places][:10])
     asked = [classes[y] for y in sampling.class_labels(classes)[0][: len(rows[0])]] if classes else []
     return sheet(rows, asked, [f"epoch {epoch}" for epoch in grids], scale=1)
 

@@ -5,8 +5,9 @@ import pathlib
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from running import TINY, run
+from running import TINY
 
+import sample
 import train
 from support import checkpoint, outputs
 
@@ -54,9 +55,8 @@ def test_a_run_that_is_refused_renames_nothing(call, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pt"]
 
 
-def test_the_first_command_can_be_typed_twice(tmp_path):
+def test_the_first_command_can_be_typed_twice(call):
     for _ in range(2):
-        assert run("train.py", *TINY, "--epochs", 1, cwd=tmp_path)[0] == 0
-        status, _, err = run("sample.py", "--ckpt", "ckpt.pt", "--out", "grid.png", "--steps", 2, "--n", 2,
-                             cwd=tmp_path)
+        assert call(train, *TINY, "--epochs", 1)[0] == 0
+        status, _, err = call(sample, "--ckpt", "ckpt.pt", "--out", "grid.png", "--steps", 2, "--n", 2)
         assert status == 0, err
