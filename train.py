@@ -44,10 +44,10 @@ from support.progress import note, say
 
 def own(name, text, **limits):
     """A flag whose default suits the data and the machine (support/recipes.py)."""
-    defaults = ((recipes.PAPER, ""), (recipes.SMALL, "on a CPU: "), (recipes.GLYPHS, "glyphs: "))
-    told = [f"{where}{recipe[name]}" for recipe, where in defaults
-            if recipe is recipes.PAPER or recipe[name] != recipes.PAPER[name]]
-    return flag(None, f"{text} (default: {'; '.join(told)})", **limits)
+    defaults = {"CIFAR-10 on a GPU": recipes.PAPER, "photos on a CPU": recipes.SMALL,
+                "glyphs": recipes.GLYPHS}
+    told = "; ".join(f"{where} {recipe[name]}" for where, recipe in defaults.items())
+    return flag(None, f"{text} (default: {told})", **limits)
 
 
 @dataclass(frozen=True)
@@ -239,10 +239,10 @@ def learn(cfg, run, d, train_set, held_out, monitor, device):
         monitor.report(run.step, lr, lambda: snapshots.held_out_loss(cfg, run, d, held_out, device))
         last, drawing = run.step == monitor.steps, every and monitor.ends(run.step, every)
         with monitor.aside():
-            if monitor.stops or drawing or last or time.monotonic() - saved_at > 600:  # SIGKILL loses this
+            if monitor.stopping or drawing or last or time.monotonic() - saved_at > 600:  # SIGKILL loses this
                 save(cfg, run, monitor)
                 saved_at = time.monotonic()
-            if monitor.stops and not last:
+            if monitor.stopping and not last:
                 stop(cfg, run, monitor)
             if drawing and workers.is_first():
                 snapshots.draw_grid(cfg, run, d, monitor.epoch(run.step))

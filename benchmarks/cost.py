@@ -34,15 +34,26 @@ SWEEPS = {
 }
 
 
-def step_cost(device, batch, width, size):
-    """(seconds, bytes) of a training step, the median of three after two."""
+def setting(device, batch, width, size):
+    """Images on the device, and the arguments of the network that train.py would make for them."""
     device = torch.device(device)
     cfg = recipes.complete(train.Config(data="folder", size=str(size), channels=3, width=width), device.type)
     network = recipes.network(cfg, (3, size, size), 0)
-    x = torch.rand(batch, 3, size, size, device=device)
+    return torch.rand(batch, 3, size, size, device=device), network
+
+
+def choice(*what):
+    """The precision and the images at a time that train.py's trial chooses."""
+    x, network = setting(*what)
     cost = by_default(x, **network)
-    _, step = ours(x, cost.bf16, False, cost.images, **network)
-    seconds, peaks = take_turns({"": step}, 3, device)
+    return cost.bf16, cost.images
+
+
+def step_cost(bf16, images, *what):
+    """(seconds, bytes) of a training step, the median of three after two."""
+    x, network = setting(*what)
+    _, step = ours(x, bf16, False, images, **network)
+    seconds, peaks = take_turns({"": step}, 3, x.device)
     return seconds[""], peaks[""] or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -57,7 +68,8 @@ def sweep(name, device, base, limit):
     for value in SWEEPS[name]:
         at = {**base, name: value}
         try:
-            seconds, memory = alone(step_cost, str(device), *at.values())
+            how = alone(choice, str(device), *at.values())
+            seconds, memory = alone(step_cost, *how, str(device), *at.values())
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise

@@ -5,9 +5,8 @@ a network without numbers. Time is measured, in steps that change no weight and 
 """
 
 import itertools
-import os
+import math
 import pathlib
-import resource
 import sys
 import time
 from typing import NamedTuple
@@ -20,7 +19,7 @@ from support.errors import Failure
 from support.progress import say
 
 UNKNOWN = 4 * 2**30  # bytes that count as free where no free memory can be read
-A_WEIGHT = 20  # bytes: float32 of the weight, its gradient, Adam's two averages, and the moving average
+A_WEIGHT = 12  # bytes that a step adds to what is there: float32 of its gradient and of Adam's two averages
 CLEAR = 0.9  # a choice is faster if it takes this much of the time, or less; the rest may be noise
 
 
@@ -30,15 +29,15 @@ class Cost(NamedTuple):
     bf16: bool
     images: int
     seconds: float  # of the whole step
-    memory: int  # bytes: network, optimiser and what the backward pass needs
-    free: int | None  # bytes, before the first step; None if it cannot be read
+    memory: int  # bytes that it adds to those of the network: optimiser, and what the backward pass needs
+    free: int | None  # bytes, before it; None if they cannot be read
     other: float | None  # seconds of a step in the other precision, if it was tried
 
     def __str__(self):
         name, other = ("bf16", "fp32") if self.bf16 else ("fp32", "bf16")
         than = f" (about {self.other:.2g} in {other})" if self.other else ""
         of = f"of the {gigabytes(self.free)} that are free" if self.free else "(what is free cannot be read)"
-        return (f"about {self.seconds:.2g} seconds in {name}{than}, {self.images} images at a time, at most "
+        return (f"about {self.seconds:.2g} seconds in {name}{than}, {self.images} images at a time, about "
                 f"{gigabytes(self.memory)} {of}")
 
 
@@ -46,7 +45,7 @@ class Cost(NamedTuple):
 
 
 def needed(network, shape, images):
-    """The bytes of a step on so many images, at most, in any precision: ddpm.UNet(**network) on images of
+    """The bytes of a step on so many images, in any precision: ddpm.UNet(**network) on images of
     `shape` (C, H, W)."""
     with torch.device("meta"):  # tensors that have a shape and no numbers
         net = ddpm.UNet(**network).to(memory_format=torch.channels_last)
@@ -76,9 +75,8 @@ def free_memory(device):
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    shared = int(os.environ.get("LOCAL_WORLD_SIZE") or 1) if workers.several() else 1
     limits = [*machine(), *container(), *process()]
-    return max(0, min(limits)) // shared if limits else None
+    return max(0, min(limits)) // workers.here() if limits else None
 
 
 def machine():
@@ -111,6 +109,8 @@ def container():
 
 def process():
     """The bytes that ulimit -v leaves."""
+    import resource  # here, since Windows has none
+
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     pages = "".join(lines("/proc/self/statm")).split()
     if limit != resource.RLIM_INFINITY and pages:
@@ -138,8 +138,11 @@ def trial(net, about, batch, device, precision="auto", at_a_time="auto"):
     if workers.is_first():
         say(f"trying a step of {batch:,} images, for its time and memory")
     free = free_memory(device)
-    most = fitting(about, batch, UNKNOWN if free is None else free)
-    seconds = {}
+    known, seconds = UNKNOWN if free is None else free, {}
+    most = fitting(about, batch, known)
+    if at_a_time != "auto" and needed(about["network"], about["shape"], min(int(at_a_time), batch)) > known:
+        raise Failure(f"--micro-batch {at_a_time}: more than the {gigabytes(known)} of memory that are free; "
+                      f"{most} or auto would do")
 
     def measured(bf16, n):
         """The seconds an image, n at a time."""
@@ -148,33 +151,46 @@ def trial(net, about, batch, device, precision="auto", at_a_time="auto"):
         return seconds[bf16, n]
 
     # Both precisions, on as many images as take a fifth of a second: fewer are mostly overhead.
-    first = precision == "bf16"
+    first, able = precision == "bf16", devices.has_bf16(device)
     n = 1 if at_a_time == "auto" else min(int(at_a_time), batch)
     while at_a_time == "auto" and 2 * n <= most and n * measured(first, n) < 0.2:
         n *= 2
-    both = [measured(bf16, n) if precision in ("auto", name) else 0.0
-            for bf16, name in ((False, "fp32"), (True, "bf16"))]
+    both = [measured(False, n) if precision in ("auto", "fp32") else 0.0,
+            measured(True, n) if precision == "bf16" or (precision == "auto" and able) else 0.0]
     fp32, half = workers.total(torch.tensor(both, device=device)).cpu().tolist()
-    bf16 = precision == "bf16" or (precision == "auto" and half < CLEAR * fp32)
+    bf16 = precision == "bf16" or 0 < half < CLEAR * fp32
 
-    # More at a time, while each then takes less time, or fewer. What takes a second gains nothing more.
-    while at_a_time == "auto" and n < most and n * measured(bf16, n) < 1:
-        if measured(bf16, more := min(2 * n, most)) > 0.97 * measured(bf16, n):
-            break
-        n = more
-    while at_a_time == "auto" and n > 1 and measured(bf16, n // 2) < 0.97 * measured(bf16, n):
-        n //= 2
+    if at_a_time == "auto":
+        n = fastest(lambda n: measured(bf16, n), n, most)
     devices.use_precision(bf16)
     slowest = workers.largest(torch.tensor([batch * measured(bf16, n), -n], device=device))
     slowest, fewest = slowest.cpu().tolist()
-    n = round(-fewest)
+    n = math.ceil(batch / math.ceil(batch / round(-fewest)))  # parts of one size
+    if device.type == "cuda":  # what the trial took is no part of the run's
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
     other = batch * both[not bf16] or None
     return Cost(bf16, n, slowest, needed(about["network"], about["shape"], n), free, other)
+
+
+def fastest(seconds, n, most):
+    """How many images at a time, from n on: more while each then takes less time, or fewer. What takes a
+    second gains nothing more."""
+    while n < most and n * seconds(n) < 1:
+        if seconds(more := min(2 * n, most)) > 0.97 * seconds(n):
+            break
+        n = more
+    while n > 1 and seconds(n // 2) < 0.97 * seconds(n):
+        n //= 2
+    return n
 
 
 def fitting(about, batch, free):
     """The largest number of images, up to `batch`, whose step takes at most half of the free memory."""
     network, shape = about["network"], about["shape"]
+    if (images := 12 * batch * math.prod(shape)) > free:  # image, noise and their mirror in float32
+        raise Failure(f"--batch-size {batch}: its images alone take {gigabytes(images)}, and "
+                      f"{gigabytes(free)} of memory are free")
     one, two = (needed(network, shape, n) for n in (1, 2))
     if one > free:
         raise Failure(f"not even one image of {shape[1]}x{shape[2]} fits: with this network a step takes "
@@ -190,7 +206,7 @@ def smaller(network, shape, free):
     for half in itertools.takewhile(lambda n: min(H, W) // n >= least, (2**k for k in itertools.count(1))):
         h, w = (side // half // least * least for side in (H, W))
         if needed(network, (C, h, w), 1) < free / 2:
-            return f"--size {h}x{w} takes {gigabytes(needed(network, (C, h, w), 1))}"
+            return f"one of {h}x{w} would take {gigabytes(needed(network, (C, h, w), 1))}"
     return "a smaller --width, or a machine with more, is needed"
 
 
@@ -219,6 +235,8 @@ def used(device):
     """The most bytes that this process has taken: of a GPU's memory, or of the machine's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    import resource
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

@@ -197,6 +197,7 @@ def refuse_other_images(name, about, saved):
 
     about: their shape, classes, number (images) and fingerprint.
     """
+    fit(saved["shape"] == about["shape"])
     if saved["classes"] != about["classes"]:
         raise Failure(f"{name}: its classes are not those with which this run began")
     if saved["images"] != about["images"]:

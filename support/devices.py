@@ -24,15 +24,21 @@ def pick_device(name):
     return device
 
 
+def has_bf16(device):
+    """Whether the hardware computes in bfloat16; elsewhere it is emulated, or refused."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and any(on for name, on in torch.cpu.get_capabilities().items()
+                                        if name.endswith("bf16"))
+
+
 def samples_in_bf16(precision, device, trained=None):
     """Whether a network samples in bfloat16: as `precision` says. "auto" takes the precision that was faster
     in its training, `trained`, where the hardware has it: what is drawn does not depend on a clock."""
     if precision != "auto" or trained == "fp32":
         return precision == "bf16"
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    known = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    return bool(known.get("avx512_bf16" if trained == "bf16" else "amx_bf16"))
+    fast = trained == "bf16" or device.type == "cuda" or torch.cpu.get_capabilities().get("amx_bf16")
+    return bool(fast) and has_bf16(device)
 
 
 def use_precision(bf16):

@@ -32,7 +32,8 @@ class Monitor:
         self.epoch_losses = torch.zeros(2)
         self.bad = torch.zeros(3, device=device)  # the first step, loss and gradient that are not finite
         self.began = self.epoch_began = self.reported_at = time.monotonic()
-        self.reported, self.stops, self.log = step, [], cfg.log
+        self.reported, self.log = step, cfg.log
+        self.stops, self.stopping = [], False  # the signals; whether all processes know of one
         if cfg.log:
             end_last_line(cfg.log)  # a log that cannot be written is refused here
 
@@ -63,7 +64,7 @@ class Monitor:
         say(f"a step: {cost}")
         left = self.steps - run.step
         say(f"{cfg.epochs} epochs, {self.steps:,} steps" + (f", from step {run.step:,}" if run.step else "")
-            + f": about {duration(left * cost.seconds)} in all")
+            + f": about {duration(left * cost.seconds)}" + ("" if run.step else " in all"))
 
     def epoch(self, step):
         """Epochs that are complete after so many steps; the last step may go a little beyond them."""
@@ -91,7 +92,8 @@ class Monitor:
         loss on images held out, or None. Raises Failure if a number is not finite."""
         stops = torch.tensor([float(len(self.stops))], device=self.losses.device)
         everyone = workers.total(torch.cat([self.losses, stops])).cpu()
-        if everyone[2] and not self.stops:  # another process was asked to stop
+        self.stopping = bool(everyone[2])
+        if self.stopping and not self.stops:  # another process was asked to stop
             self.stops.append(signal.SIGTERM)
         if self.bad[0]:
             self.refuse_infinite(int(self.bad[0]), *self.bad[1:].tolist())
@@ -107,8 +109,9 @@ class Monitor:
                             f"loss {mean:.4f}")
         if self.ends(step):
             with self.aside():
-                line = {"held_out": held_out()}
-            self.report_epoch(step, now - began, line["held_out"])
+                apart = held_out()
+            line = {} if apart is None else {"held_out": apart}
+            self.report_epoch(step, now - began, apart)
         # The names are those that figures.py plots; a line holds numbers alone, for any reader of JSON lines.
         self.write(step=step, epoch=min(self.cfg.epochs, step * self.cfg.batch_size / self.N), loss=mean,
                    **line, lr=lr, images_per_s=speed, memory_gb=budget.used(self.losses.device) / 1e9,

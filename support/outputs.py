@@ -49,24 +49,29 @@ def make_way(cfg):
     """Renames what another run left at --out."""
     own = cfg.resume and os.path.exists(cfg.out) and os.path.samefile(cfg.out, cfg.resume)
     if workers.is_first() and not own and (old := set_aside(cfg.out)):
-        note(f"note: {cfg.out} was another run's, and is now {old}, with its grids")
+        note(f"note: what another run left at {cfg.out}, with its grids, is now {old}")
 
 
 def set_aside(out):
     """Renames a checkpoint and its grids, for a new run that will write there: ckpt.pt becomes ckpt.1.pt, or
-    the first free number. Returns what it is called now; None if there was nothing."""
-    if not os.path.lexists(out) and not grids(out):
+    the first free number. A link stays, and what it points to is renamed. Returns what it is called now; None
+    if there was nothing."""
+    there, real = os.path.exists(out), os.path.realpath(out)
+    if not there and not grids(out):
         return None
-    free = next(name for name in names_after(out) if not os.path.lexists(name) and not grids(name))
+    for i in itertools.count(1):
+        old, moved = numbered(out, i), numbered(real, i)
+        if not (os.path.lexists(old) or os.path.lexists(moved) or grids(old)):
+            break
+    if there:
+        os.rename(real, moved)
     for epoch, path in grids(out).items():
-        os.rename(path, grid_name(free, epoch))
-    if os.path.lexists(out):  # last: what is half renamed is renamed by the next run
-        os.rename(out, free)
-    return free
+        os.rename(path, grid_name(old, epoch))
+    return moved if os.path.islink(out) else old
 
 
-def names_after(out):
-    """ckpt.1.pt, ckpt.2.pt, ... for ckpt.pt."""
+def numbered(out, i):
+    """ckpt.1.pt for ckpt.pt and 1."""
     path = pathlib.Path(out)
     stem, suffix = (path.stem, path.suffix) if path.suffix == ".pt" else (path.name, "")
-    return (str(path.with_name(f"{stem}.{i}{suffix}")) for i in itertools.count(1))
+    return str(path.with_name(f"{stem}.{i}{suffix}"))

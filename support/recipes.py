@@ -16,14 +16,14 @@ from support.errors import UsageError
 # The paper's settings (App. B), made for CIFAR-10 on a GPU.
 PAPER = dict(batch_size=128, lr=2e-4, warmup=5000, decay="none", ema=0.9999, dropout=0.1,
              flip="yes", schedule="linear", width=128, labels=False)
-# Photos on a CPU: a network a fortieth of the paper's cost, which learns what it can in an hour.
+# Photos on a CPU: a network with a sixteenth of the paper's arithmetic, for what an hour can teach.
 SMALL = dict(PAPER, batch_size=32, lr=1e-3, warmup=100, decay="cosine", ema=0.999, dropout=0.0, width=32,
              schedule="cosine")
 # A network a thirtieth of the paper's cost: the digits are legible after two minutes on two cores.
 # A high rate that falls to 0 and a short average suit so few steps; digits have no mirror images.
 GLYPHS = dict(batch_size=32, lr=4e-3, warmup=20, decay="cosine", ema=0.999, dropout=0.0,
               flip="no", schedule="cosine", width=24, labels=True)
-HOUR, SEEN = 3000, 400  # of photos on a CPU: seconds of a run, and times that it sees an image, at most
+PLANNED, SEEN = 3000, 400  # photos on a CPU: seconds of a run, and times that it sees an image, at most
 
 
 def recipe_for(cfg, shape, device):
@@ -84,13 +84,13 @@ def measured(cfg, about, cost, device):
     """`cfg` with what follows from the number of images and from a trial step, where no flag gave it: the
     precision, the images at a time, the epochs and the warm-up.
 
-    Photos on a CPU train for as long as HOUR says, unless that is more than SEEN epochs; everything else for
+    Photos on a CPU train for PLANNED seconds, unless that is more than SEEN epochs; everything else for
     100 epochs, and photos for 5,000 steps at least. A warm-up is a tenth of the run at most.
     """
     (recipe, _), images = recipe_for(cfg, about["shape"], device), about["images"]
     epochs = 100
     if recipe is SMALL:
-        epochs = max(1, min(SEEN, int(HOUR / cost.seconds * cfg.batch_size / images)))
+        epochs = max(1, min(SEEN, int(PLANNED / cost.seconds * cfg.batch_size / images)))
     elif cfg.data != "glyphs":
         epochs = max(100, math.ceil(5000 * cfg.batch_size / images))
     epochs = cfg.epochs or epochs
@@ -112,8 +112,8 @@ def warnings(cfg, about, steps, d):
     """What is known not to work in these settings, a line each."""
     images, network = about["images"], about["network"]
     if cfg.warmup > steps / 3:
-        yield (f"--warmup {cfg.warmup}: is most of the {steps:,} steps; the learning rate hardly reaches "
-               f"--lr {cfg.lr:g}, and little is learned")
+        yield (f"--warmup {cfg.warmup}: is more than a third of the {steps:,} steps; little is learned while "
+               f"the rate rises to --lr {cfg.lr:g}")
     least = 500 if cfg.data == "glyphs" else 2000
     if steps < least and not cfg.init:
         yield (f"{steps:,} steps are too few for pictures: {least:,} are the least; more --epochs, or a "
@@ -122,8 +122,8 @@ def warnings(cfg, about, steps, d):
         yield (f"alpha_bar_T = {d.alpha_bar[-1]:.2g}: x_T is not yet noise, and samples will be poor; a "
                f"longer --timesteps or --schedule cosine helps")
     if images < 2000 and cfg.epochs > SEEN:
-        yield (f"{cfg.epochs} epochs of {images:,} images: the network will copy them; stop when the loss on "
-               f"held-out images rises")
+        yield (f"{cfg.epochs} epochs of {images:,} images: the network will copy them, more than it does in "
+               f"{SEEN} epochs")
     if about["shape"][0] > 1 and network["ch"] < 8 * network["groups"] and network["ch"] < 128:
         yield (f"{network['groups']} groups of {network['ch'] // network['groups']} channels: colours of a "
                f"short run will be too strong (docs/training.md)")
@@ -165,6 +165,7 @@ def resumed(cfg, given, saved):
                              f"{saved['config'][name]}, and cannot change it")
     fit({"data", "seed", "timesteps", "epochs", *PAPER} <= set(saved["config"]))
     settings = command.restored(type(cfg), saved["config"])
+    fit(all(settings[name] is not None for name in ("epochs", *PAPER)))
     fit(not is_folder(settings["data"]) or (settings["size"] and settings["channels"]))
     # Where this run writes is said by its own command line: a file may come from a stranger.
     own = dict(data_dir=cfg.data_dir, log=cfg.log, init=None, resume=cfg.resume,

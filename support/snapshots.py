@@ -17,10 +17,10 @@ from support.progress import Progress
 @torch.no_grad()
 def held_out_loss(cfg, run, d, held_out, device):
     """The simple loss on images that are never trained on, with the same t and noise each time; None if there
-    are no such images. It computes on an eighth as many images as an epoch, at most."""
+    are no such images. It computes on an eighth as many images as an epoch, or on 16."""
     if not len(held_out.images):
         return None
-    count, learned, total = min(512, max(len(held_out.images), run.about["images"] // 8)), learns(run), 0.0
+    count, learned, total = min(512, max(16, run.about["images"] // 8)), learns(run), 0.0
     progress, done = Progress("loss on images held out", count, "images"), 0
     for x0, y, t, eps in batches.fixed(held_out, d.T, count, device, int(cfg.micro_batch)):
         with autocast(cfg, device):

@@ -31,6 +31,12 @@ def place():
     return int(found["RANK"]), int(found["WORLD_SIZE"])
 
 
+def here():
+    """How many of the processes are on this machine."""
+    local = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return int(local) if several() and local.isdecimal() and int(local) else place()[1]
+
+
 def several():
     return place()[1] > 1
 

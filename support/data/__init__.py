@@ -53,16 +53,19 @@ def load_both(cfg, size):
     """Of the settings of train.py: the Data to train on, and the Data held out from it, perhaps none."""
     how = (cfg.data_dir, size, cfg.channels, cfg.skip_broken, cfg.labels)
     train_set = load(cfg.data, "training", *how, cfg.limit)
-    images, labels, classes = load(cfg.data, "held out", *how)
-    if labels is not None:  # by the numbers of the classes that are learned; the others are left out
-        known = torch.tensor([classes[y] in train_set.classes for y in labels], dtype=torch.bool)
-        images, labels = images[known], renumbered(labels[known], classes, train_set.classes)
-    return train_set, Data(images, labels, train_set.classes)
+    return train_set, known_only(load(cfg.data, "held out", *how), train_set.classes)
 
 
-def renumbered(labels, names, classes):
-    """Labels that are numbers of `names`, as those of `classes`."""
-    return torch.tensor([classes.index(name) if name in classes else -1 for name in names])[labels]
+def known_only(data, classes):
+    """The images of these classes, with labels that are numbers of them."""
+    images, labels, names = data
+    if labels is None:
+        return Data(images, None, classes)
+    numbers = torch.tensor([classes.index(name) if name in classes else -1 for name in names])
+    labels = numbers[labels]
+    if (labels < 0).any():
+        images, labels = images[labels >= 0], labels[labels >= 0]
+    return Data(images, labels, classes)
 
 
 def held_out(ckpt, name=None, data_dir="data", skip_broken=False, limit=None):
@@ -70,41 +73,46 @@ def held_out(ckpt, name=None, data_dir="data", skip_broken=False, limit=None):
     held out: a folder that was too small was trained on whole.
 
     Its labels are the network's numbers of its classes, or None if it knows none. limit: a seeded choice of
-    so many. Raises Failure for a class that the network does not know, UsageError for another shape.
+    so many. Raises Failure for a class that the network does not know, for a folder that has changed since
+    the run began, and where nothing is left; UsageError for another shape.
     """
     own, (C, H, W) = ckpt.get("config", {}).get("data"), ckpt["shape"]  # converted weights have no data
     name = os.path.abspath(name) if name and is_folder(name) else name or own
     if not name:
         raise UsageError("--data: this checkpoint does not say what it was trained on; name images")
-    how = dict(data_dir=data_dir, size=(H, W), channels=C, skip_broken=skip_broken,
-               labels=bool(ckpt["classes"]))
+    how = dict(data_dir=data_dir, size=(H, W), channels=C, labels=bool(ckpt["classes"]),
+               skip_broken=skip_broken or ckpt.get("config", {}).get("skip_broken") is True)
     ours = is_folder(name) and trained_on(ckpt, name, how)
     apart = not ours or ckpt.get("held_out", 0) > 0
-    part = "held out" if apart and (ours or not is_folder(name)) else "all"
-    images, labels, classes = load(name, part, limit=limit, **how)
-    if tuple(images.shape[1:]) != (C, H, W):
-        raise UsageError(f"--data {name}: images of {tuple(images.shape[1:])}, but a network for {(C, H, W)}")
+    found = load(name, "held out" if apart and (ours or not is_folder(name)) else "all", limit=limit, **how)
+    if not len(found.images):
+        raise Failure(f"--data {name}: holds no image that can be used")
+    if tuple(found.images.shape[1:]) != (C, H, W):
+        raise UsageError(f"--data {name}: images of {tuple(found.images.shape[1:])}, but a network for "
+                         f"{(C, H, W)}")
     if not ckpt["classes"]:  # glyphs always bring labels; this network was trained without
-        return Data(images, None, []), apart
-    if unknown := sorted(set(classes) - set(ckpt["classes"])):
+        return Data(found.images, None, []), apart
+    if (unknown := sorted(set(found.classes) - set(ckpt["classes"]))) and not ours:
         raise Failure(f"--data {name}: the network knows no class {unknown[0]}, but those of {own}")
-    if labels is not None:  # classes have numbers of their own in each folder
-        labels = renumbered(labels, classes, ckpt["classes"])
-    return Data(images, labels, ckpt["classes"]), apart
+    return known_only(found, ckpt["classes"]), apart
 
 
 def trained_on(ckpt, name, how):
-    """Whether the folder `name` is what the checkpoint was trained on, wherever that lay then."""
+    """Whether the folder `name` holds what the checkpoint was trained on, wherever that lay then. Raises
+    Failure if it is the run's own and has changed: what was held out is no longer known then."""
     config = ckpt.get("config", {})
     if not is_folder(config.get("data", "glyphs")):
         return False
     if name == config["data"]:  # a path out of a file is shown before it is read
         note(f"images of {name}, which the checkpoint names")
-        return True
-    count, limit = len(folder.listed(name)), config.get("limit")
-    if ckpt["images"] != min(count - folder.held_out(count), limit or count):
-        return False
-    return fingerprint(load(name, "training", limit=limit, **how)) == ckpt["fingerprint"]
+    part, limit = "training" if ckpt.get("held_out", 0) else "all", config.get("limit")
+    most = len(folder.chosen(len(folder.listed(name)), part, limit))
+    possible = ckpt["images"] <= most if how["skip_broken"] else ckpt["images"] == most
+    same = possible and fingerprint(load(name, part, limit=limit, **how)) == ckpt["fingerprint"]
+    if name == config["data"] and not same:
+        raise Failure(f"--data {name}: not the images with which this run began, so that nobody knows which "
+                      f"it held out; name others")
+    return same
 
 
 def fingerprint(data):

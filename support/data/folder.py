@@ -10,6 +10,7 @@ import pathlib
 
 import numpy as np
 
+from support import workers
 from support.data.decode import decode_all
 from support.errors import Failure, UsageError
 from support.files import replacing
@@ -107,12 +108,14 @@ def checksum(file, length=None):
     """SHA-256 of what follows in a file: of `length` bytes, or of all. It is left behind them."""
     digest, done = hashlib.sha256(), 0
     length = os.fstat(file.fileno()).st_size - file.tell() if length is None else length
-    progress = Progress("checking the cache", length, "bytes")
+    progress = Progress("checking the cache", length, "bytes") if workers.is_first() else None
     while chunk := file.read(min(length - done, 1 << 20)):
         digest.update(chunk)
         done += len(chunk)
-        progress(done)
-    progress.close()
+        if progress:
+            progress(done)
+    if progress:
+        progress.close()
     return digest.digest()
 
 

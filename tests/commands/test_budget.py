@@ -4,6 +4,7 @@ import copy
 import json
 import pathlib
 import re
+import resource
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ def net():
 def trial(net, monkeypatch, cost, free=10**12, batch=64, **how):
     """The trial on a machine of so much free memory, whose images take cost(bf16, n) seconds each."""
     monkeypatch.setattr(budget, "free_memory", lambda device: free)
+    monkeypatch.setattr(budget.devices, "has_bf16", lambda device: True)
     monkeypatch.setattr(budget, "timed", lambda net, shape, n, device, bf16: cost(bf16, n))
     return budget.trial(net, ABOUT, batch, CPU, **how)
 
@@ -70,10 +72,14 @@ def test_an_image_that_does_not_fit_is_refused_with_a_size_that_does(net, monkey
     free = budget.needed(SMALL, (3, 96, 64), 1) - 1
     with pytest.raises(Failure, match="not even one image of 96x64 fits") as caught:
         trial(net, monkeypatch, lambda bf16, n: 1e-3, free)
-    h, w = map(int, re.search(r"--size (\d+)x(\d+)", str(caught.value)).groups())
+    h, w = map(int, re.search(r"one of (\d+)x(\d+)", str(caught.value)).groups())
     assert budget.needed(SMALL, (3, h, w), 1) < free / 2 and h % 2 == w % 2 == 0
     with pytest.raises(Failure, match="a smaller --width"):
+        trial(net, monkeypatch, lambda bf16, n: 1e-3, 300_000, batch=1)
+    with pytest.raises(Failure, match="--batch-size 64: its images alone take 14 MB"):
         trial(net, monkeypatch, lambda bf16, n: 1e-3, 1000)
+    with pytest.raises(Failure, match="--micro-batch 50: more than the .* that are free; 1 or auto"):
+        trial(net, monkeypatch, lambda bf16, n: 1e-3, 2 * free, at_a_time="50")
 
 
 @pytest.mark.parametrize("files, free", [
@@ -88,7 +94,7 @@ def test_an_image_that_does_not_fit_is_refused_with_a_size_that_does(net, monkey
 ], ids=["machine", "group above", "older groups", "nothing to read"])  # fmt: skip
 def test_the_free_memory_is_the_least_that_any_limit_leaves(monkeypatch, files, free):
     monkeypatch.setattr(budget, "lines", lambda path: files.get(str(path), "").splitlines())
-    monkeypatch.setattr(budget.resource, "getrlimit", lambda which: (budget.resource.RLIM_INFINITY,) * 2)
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (resource.RLIM_INFINITY,) * 2)
     assert budget.free_memory(CPU) == free
 
 

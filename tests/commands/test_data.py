@@ -127,7 +127,7 @@ def test_training_sampling_and_evaluating_a_folder_of_images(call, album, tmp_pa
     """Anyone's images, not square, grey; the checkpoint knows their size."""
     tiny = ["--batch-size", 4, "--width", 8, "--timesteps", 5, "--device", "cpu", "--epochs", 1]
     status, out, err = call(train, "--data", album, "--size", "16x24", "--channels", 1, *tiny)
-    assert status == 0 and out.startswith(f"{album}: 9 images, 16x24x1"), err
+    assert status == 0 and f"{album}: 9 images, 16x24x1" in out, err
     assert call(sample, "--ckpt", "ckpt.pt", "--out", "a.npz", "--n", 2)[0] == 0
     assert np.load("a.npz")["arr_0"].shape == (2, 16, 24, 3)
     status, out, err = call(evaluate, "--ckpt", "ckpt.pt", "--n", 2)
@@ -167,7 +167,7 @@ def test_a_folders_subfolders_are_its_classes(call, tmp_path):
     (tmp_path / "pets" / "fox").mkdir()
     Image.new("L", (8, 8)).save(tmp_path / "pets" / "fox" / "a.png")
     status, _, err = call(evaluate, "--ckpt", "ckpt.pt", "--skip-broken")
-    assert status == 1 and "knows no class fox" in err
+    assert status == 1 and "not the images with which this run began" in err
     status, _, err = call(train, "--resume", "ckpt.pt", "--epochs", 2)
     assert status == 1 and "its classes are not those with which this run began" in err
     Image.new("L", (8, 8)).save(tmp_path / "pets" / "lost.png")

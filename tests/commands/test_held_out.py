@@ -76,7 +76,7 @@ def test_the_loss_on_held_out_images_is_that_of_the_average_at_the_same_draws(al
     ckpt, net, d = checkpoint.load_model("ckpt.pt")
     (images, labels, _), apart = data.held_out(ckpt)
     assert apart and len(images) == 3
-    losses, count = [], 57 // 8
+    losses, count = [], 16
     for x0, y, t, eps in batches.fixed(data.Data(images, labels, []), d.T, count, torch.device("cpu"), 1):
         def model(xt, t, y=y):
             return net(xt, t, y)
@@ -104,7 +104,7 @@ def test_fewer_than_forty_images_hold_none_out_and_the_log_says_so(album, call):
         path.unlink()
     status, out, err = call(train, "--data", album, *RUN, "--log", "log.jsonl")
     assert status == 0 and "none are held out" in out and ", held out" not in out, err
-    assert json.loads(pathlib.Path("log.jsonl").read_text().splitlines()[-1])["held_out"] is None
+    assert json.loads(pathlib.Path("log.jsonl").read_text().splitlines()[-1]).get("held_out", "") == ""
     assert "35 images it was trained on" in call(evaluate, "--ckpt", "ckpt.pt")[1]
 
 

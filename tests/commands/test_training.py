@@ -223,13 +223,13 @@ def test_what_will_happen_is_said_before_the_first_step(trained):
     before = out.split("epoch 1 of 4: loss")[0]
     for words in ("glyphs: 64 images, 16x16x1, 10 classes; 2,000 more are held out",
                   "settings: a small network", "a step: about ",
-                  "seconds in fp32, 16 images at a time, at most ",
+                  "seconds in fp32, 16 images at a time, about ",
                   "are free", "4 epochs, 16 steps: about 0:0"):
         assert words in before, before
 
 
 @pytest.mark.parametrize("flags, words", [
-    ("--warmup 9 --epochs 4", "--warmup 9: is most of the 16 steps"),
+    ("--warmup 9 --epochs 4", "--warmup 9: is more than a third of the 16 steps"),
     ("--epochs 4", "16 steps are too few for pictures"),
     ("--epochs 1 --schedule linear", "alpha_bar_T = 0.82"),
     ("--epochs 401 --limit 8 --batch-size 8 --timesteps 2", "401 epochs of 8 images: the network will copy"),
