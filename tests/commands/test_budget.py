@@ -78,7 +78,7 @@ def test_an_image_that_does_not_fit_is_refused_with_a_size_that_does(net, monkey
         trial(net, monkeypatch, lambda bf16, n: 1e-3, 300_000, batch=1)
     with pytest.raises(Failure, match="--batch-size 64: its images alone take 14 MB"):
         trial(net, monkeypatch, lambda bf16, n: 1e-3, 1000)
-    with pytest.raises(Failure, match="--micro-batch 50: more than the .* that are free; 1 or auto"):
+    with pytest.raises(Failure, match=r"--micro-batch 50: more than the .* that are free; 1 or auto"):
         trial(net, monkeypatch, lambda bf16, n: 1e-3, 2 * free, at_a_time="50")
 
 
