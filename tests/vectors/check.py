@@ -1,20 +1,18 @@
 """Judges a file by the test vectors: python tests/vectors/check.py [FILE] [--precision float32]
 
-FILE, ddpm.py by default, has ddpm.py's public names or some of them: a case whose name is absent is skipped
-and counted. Each subject gets one line, with its largest error as a multiple of what is allowed. The exit
-status is 1 if a case fails, 2 if the file cannot be judged.
+FILE, ddpm.py by default, has ddpm.py's public names or some of them: a case whose name is absent, or that is
+answered by NotImplementedError, is skipped and counted. Each subject gets one line, with its largest error as
+a multiple of what is allowed. The exit status is 1 if a case fails, 2 if the file cannot be judged.
 """
 
 import argparse
 import collections
-import importlib.machinery
-import importlib.util
 import itertools
 import json
-import math
 import operator
 import pathlib
 import sys
+import types
 from unittest import mock
 
 import numpy as np
@@ -22,36 +20,24 @@ import torch
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-REFUSALS = ValueError, AssertionError, TypeError
-ARRAYS = "k x0 xt xT eps noise mean var mean_1 var_1 mean_2 var_2".split()
-TABLES = "beta sigma2 variances".split()  # float64 in every precision
-TAKE_MODEL = "loss_simple sample_ancestral sample_ddim bound_terms".split()
-
-
-class Absent(Exception):
-    """The file has not what the case is about."""
-
-
-# --- What the file answers ---------------------------------------------------------------------------
+DTYPES = {"t": torch.int64, **dict.fromkeys(["beta", "sigma2", "variances"], torch.float64)}
 
 
 def stored(value):
     """An array of a JSON file: numbers, of which null is nan, or "network.npz:NAME"."""
     if isinstance(value, str):
-        file, name = value.split(":")
-        value = np.load(HERE / file)[name]
+        value = np.load(HERE / "network.npz")[value.removeprefix("network.npz:")]
     return np.array(value, np.float64)
 
 
 def read(key, value):
-    """A value of a JSON file as the judged functions take it."""
+    """What is given under a key, as the judged functions take it: tables are float64 in either precision."""
     if key == "beta" and isinstance(value, dict):
         value = [0.0, *np.linspace(value["beta_1"], value["beta_T"], value["T"])]
-    if key == "k":
-        value = -1 + 2 * stored(value) / 255
-    dtypes = {"t": torch.int64, **dict.fromkeys(TABLES, torch.float64),
-              **dict.fromkeys(ARRAYS, torch.get_default_dtype())}  # fmt: skip
-    return torch.tensor(stored(value), dtype=dtypes[key]) if key in dtypes else value
+    if key == "grid" or not isinstance(value, (list, str)):
+        return value
+    array = -1 + 2 * stored(value) / 255 if key == "k" else stored(value)
+    return torch.tensor(array, dtype=DTYPES.get(key, torch.get_default_dtype()))
 
 
 def model(xt, t):
@@ -59,65 +45,61 @@ def model(xt, t):
 
 
 @torch.no_grad()
-def fill(f, net, shapes):
-    """Gives the file's UNet the weights of network.npz: by its weights_by_role(net), a dict of the network's
-    tensors, if there is that function; otherwise in the order of their use."""
-    counts = sum(p.numel() for p in net.parameters()), sum(map(math.prod, shapes.values()))
-    assert counts[0] == counts[1], f"UNet has {counts[0]} weights, not {counts[1]}"
-    named = f.weights_by_role(net) if hasattr(f, "weights_by_role") else dict(zip(shapes, net.parameters()))
-    for name, shape in shapes.items():
-        if name not in named or [n for n in named[name].shape if n > 1] != [n for n in shape if n > 1]:
-            raise Absent(f"weights_by_role, and {name} in the order of use")
-        named[name].copy_(torch.tensor(stored(f"network.npz:{name}")).reshape(named[name].shape))
+def run_network(f, xt, t, config, weights=()):
+    """The output of the file's UNet with the weights of network.npz: by its weights_by_role(net), a dict of
+    the network's tensors, if there is that function; otherwise in the order of their use."""
+    net = f.UNet(**config).eval()
+    arrays = {name: torch.tensor(stored(f"network.npz:{name}")) for name in weights}
+    count = sum(p.numel() for p in net.parameters())
+    assert not weights or count == sum(a.numel() for a in arrays.values()), f"UNet has {count} weights"
+    named = f.weights_by_role(net) if hasattr(f, "weights_by_role") else dict(zip(arrays, net.parameters()))
+    for name, array in arrays.items():
+        if name not in named or named[name].squeeze().shape != array.squeeze().shape:
+            raise NotImplementedError(f"weights_by_role, and {name} in the order of use")
+        named[name].copy_(array.reshape(named[name].shape))
+    return net(xt, t)
 
 
-def ask(f, call, given):
-    """What the file's function returns; what is given is in the order of its arguments."""
+def answer(f, call, given, want):
+    """{name: result} of the file's function; what is given is in the order of its arguments."""
     try:
-        operator.attrgetter(call)(f)
+        function = operator.attrgetter(call)(f)
     except AttributeError:
-        raise Absent(call) from None
-    g, told = {key: read(key, value) for key, value in given.items()}, {}
+        raise NotImplementedError(call) from None
+    g, states = {key: read(key, value) for key, value in given.items()}, []
     if call == "UNet":
-        net = f.UNet(**g["config"]).eval()
-        if "weights" in g:
-            fill(f, net, g["weights"])
-        return net(g["xt"], g["t"]).detach()
+        return dict.fromkeys(want, run_network(f, **g))
     if call == "timestep_embedding":
         g["t"] = g["t"].to(torch.get_default_dtype())  # of integers, it is float32
+    if call.endswith("_schedule"):
+        t = g.pop("t")
+        return dict.fromkeys(want, function(*g.values())[t])
     d = f.Diffusion(g.pop("beta")) if "beta" in g else None
     if call == "Diffusion":
-        names = [name for name in ("alpha", "alpha_bar", "beta_tilde") if hasattr(d, name)]
-        if not names:
-            raise Absent("tables of Diffusion")
-        return {name: getattr(d, name)[g["t"]] for name in names}
-    if call.endswith("_schedule"):
-        steps = g.pop("t")
-        return getattr(f, call)(*g.values())[steps]
+        tables = {name: getattr(d, name)[g["t"]] for name in want if hasattr(d, name)}
+        if want and not tables:
+            raise NotImplementedError("tables of Diffusion")
+        return tables
+    first = [] if d is None else [d] if "." in call else [model, d]
     noise = g.pop("noise", ())
-    z = itertools.repeat(noise) if call == "bound_terms" else iter(noise)
-    args = [*([model, d] if call in TAKE_MODEL else []), *g.values()]
-    how = {"on_step": told.__setitem__} if call.startswith("sample_") else {}
-    draw = lambda *_, **__: next(z).clone()  # noqa: E731
-    with mock.patch.multiple(torch, randn=draw, randn_like=draw):
-        result = getattr(d if "." in call else f, call.split(".")[-1])(*args, **how)
-    return torch.stack([told[s] for s in sorted(told, reverse=True)]) if told else result
-
-
-# --- What it should answer ---------------------------------------------------------------------------
+    z = (noise.clone() for _ in itertools.count()) if call == "bound_terms" else iter(noise)
+    on_step = {"on_step": lambda s, xs: states.append(xs.clone())} if call.startswith("sample_") else {}
+    with mock.patch.multiple(torch, randn=lambda *_, **__: next(z), randn_like=lambda *_, **__: next(z)):
+        result = function(*first, *g.values(), **on_step)
+    return dict.fromkeys(want, torch.stack(states) if states else result)
 
 
 def largest(got, case, precision):
     """(error as a multiple of what is allowed, where) of the worst entry."""
     worst = 0.0, ""
-    for name in case["want"].keys() & got.keys():  # not each table need have our name
-        want, have = stored(case["want"][name]), got[name].detach().double().numpy()
+    for name, result in got.items():
+        want, have = stored(case["want"][name]), result.detach().double().numpy()
         if have.shape != want.shape:
-            return math.inf, f"{name} has the shape {have.shape}, not {want.shape}"
+            return np.inf, f"{name} has the shape {have.shape}, not {want.shape}"
         scale = stored(case.get("scale", {}).get(name, abs(want)))
         with np.errstate(all="ignore"):
             ratio = abs(have - want) / (case["tolerance"][precision] * scale)
-        ratio = np.where((have == want) | np.isnan(want), 0, np.nan_to_num(ratio, nan=math.inf))
+        ratio = np.where((have == want) | np.isnan(want), 0, np.nan_to_num(ratio, nan=np.inf))
         i = np.unravel_index(ratio.argmax(), ratio.shape)
         place = f"{name}{[int(j) for j in i] or ''} is {have[i]:.10g}, not {want[i]:.10g}"
         worst = max(worst, (float(ratio[i]), place))
@@ -125,46 +107,20 @@ def largest(got, case, precision):
 
 
 def judge(f, case, precision):
-    """(verdict, error, where) of a case. The verdict begins with held, departed, absent or failed."""
+    """(error, verdict, where) of a case. The verdict is held, departed (how), absent (what) or failed."""
     try:
-        got = ask(f, case["call"], case["given"])
-        if "want" not in case:
-            return "failed", math.inf, "is not refused"
-        got = got if isinstance(got, dict) else dict.fromkeys(case["want"], got)
-        error, where = largest(got, case, precision)
+        got = answer(f, case["call"], case["given"], case.get("want", ()))
+        error, where = largest(got, case, precision) if "want" in case else (np.inf, "is not refused")
         for word, departure in case.get("departures", {}).items():
             if error > 1 and largest(got, {**case, **departure}, precision)[0] <= 1:
-                return f"departed ({word})", 0.0, ""
-        return "held" if error <= 1 else "failed", error, where
-    except Absent as missing:
-        return f"absent ({missing})", 0.0, ""
+                return 0.0, f"departed ({word})", ""
+        return error, "held" if error <= 1 else "failed", where
+    except NotImplementedError as absent:
+        return 0.0, f"absent ({absent})".splitlines()[0], ""
     except Exception as error:
-        if "want" not in case and isinstance(error, REFUSALS):
-            return "held", 0.0, ""
-        return "failed", math.inf, f"{type(error).__name__}: {error}".splitlines()[0]
-
-
-def report(f, subject, cases, precision):
-    """Prints the line of a subject, with its worst case; returns the number of cases of each verdict."""
-    results = [(*judge(f, case, precision), case["name"]) for case in cases]
-    counts = collections.Counter(verdict for verdict, *_ in results)
-    _, error, where, name = max(results, key=lambda result: (result[0] == "failed", result[1]))
-    line = ", ".join(f"{n} {verdict}" for verdict, n in sorted(counts.items()))
-    if counts["failed"]:
-        line += f"; {name}: {where}"
-    if 0 < error < math.inf:
-        line += f"; {'error' if counts['failed'] else 'largest error'} {error:.2g} x the tolerance"
-    print(f"{'FAILS' if counts['failed'] else '':6}{subject:17}{line}")
-    return counts
-
-
-def load(path):
-    """The module of a Python file, which may import its neighbours, and ddpm.py."""
-    sys.path[:0] = [str(path.parent), str(ROOT)]
-    loader = importlib.machinery.SourceFileLoader("judged", str(path))
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("judged", loader))
-    loader.exec_module(module)
-    return module
+        if "want" not in case and isinstance(error, (ValueError, AssertionError, TypeError)):
+            return 0.0, "held", ""
+        return np.inf, "failed", f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def main(argv=None):
@@ -174,15 +130,25 @@ def main(argv=None):
     parser.add_argument("--precision", choices=["float64", "float32"], default="float64")
     parser.add_argument("--only", metavar="SUBJECT", nargs="+", choices=subjects, help=", ".join(subjects))
     args = parser.parse_args(argv)
+    sys.path[:0] = [str(args.file.parent), str(ROOT)]  # it may import its neighbours, and ddpm.py
+    f = sys.modules["judged"] = types.ModuleType("judged")
+    f.__file__ = str(args.file)
     try:
-        f = load(args.file)
+        exec(compile(args.file.read_bytes(), args.file, "exec"), vars(f))
     except (Exception, SystemExit) as error:
         parser.exit(2, f"check.py: {args.file} cannot be loaded: {type(error).__name__}: {error}\n")
     torch.set_default_dtype(getattr(torch, args.precision))
     total = collections.Counter()
     for subject in args.only or subjects:
-        for verdict, n in report(f, subject, subjects[subject], args.precision).items():
-            total[verdict.split(" (")[0]] += n
+        results = [(*judge(f, case, args.precision), case["name"]) for case in subjects[subject]]
+        error, _, where, name = max(results, key=operator.itemgetter(0))  # the first of equals
+        counts = collections.Counter(verdict for _, verdict, *_ in results)
+        line = ", ".join(f"{n} {verdict}" for verdict, n in sorted(counts.items()))
+        line += f"; {name}: {where}" if error > 1 else ""
+        if 0 < error < np.inf:
+            line += f"; {'error' if error > 1 else 'largest error'} {error:.2g} x the tolerance"
+        print(f"{'FAILS' if error > 1 else '':6}{subject:17}{line}")
+        total.update(verdict.split(" (")[0] for _, verdict, *_ in results)
     if set(total) == {"absent"}:
         parser.exit(2, f"check.py: {args.file} has none of the names that are judged\n")
     print(f"{args.file.name} in {args.precision}: {', '.join(f'{n} {v}' for v, n in sorted(total.items()))}")
