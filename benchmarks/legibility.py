@@ -22,8 +22,8 @@ TEMPLATES = 40_000
 
 
 def flat(images):
-    """uint8 (N, H, W, 1) -> float (N, H W) in [0, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(images)).flatten(1).float() / 255
+    """uint8 (N, H, W, 1), or 3 equal channels, -> float (N, H W) in [0, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(images[..., :1])).flatten(1).float() / 255
 
 
 def nearest(images, templates):

@@ -198,7 +198,9 @@ def network(cfg, shape, classes, start=None):
     sixteen = min(len(mult) - 1, max(0, math.ceil(math.log2(side / 16))))  # the level of 16x16
     # The paper's 32 groups leave few channels in each of a small network's. Such a group normalises away the
     # means of its channels, and with them the colour of the image (docs/training.md).
-    groups = math.gcd(32, cfg.width) if cfg.width >= 128 else 2 ** int(math.log2(max(1, cfg.width // 16)))
+    groups = math.gcd(32, cfg.width)
+    if C > 1 and cfg.width < 128:
+        groups = 2 ** int(math.log2(max(1, cfg.width // 16)))
     return dict(in_channels=C, out_channels=2 * C if cfg.variance == "learned" else C, ch=cfg.width,
                 mult=mult, blocks=1 if glyphs else 2, attention=(1,) if glyphs else (sixteen,),
                 dropout=cfg.dropout, groups=groups, num_classes=classes or None)
