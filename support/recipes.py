@@ -74,8 +74,8 @@ def complete(cfg, device, shape=(3, 32, 32)):
             if getattr(cfg, name) is not None:
                 raise UsageError(f"--{name}: only a folder of images takes it; {cfg.data} has its own")
     recipe, _ = recipe_for(cfg, shape, device)
-    if cfg.init:  # trained weights: gentler steps
-        recipe = dict(recipe, lr=recipe["lr"] / 10)
+    if cfg.init:  # trained weights, mostly of the paper's network: gentler steps
+        recipe = dict(recipe, lr=(recipe if recipe is GLYPHS else PAPER)["lr"] / 10)
     return replace(cfg, **{name: value for name, value in recipe.items()
                            if getattr(cfg, name) is None and name != "warmup"})
 

@@ -607,12 +607,12 @@ def test_fine_tuning_takes_another_size_and_other_classes_and_says_what_starts_a
     status, out, err = call(train, *flags, *other, "--epochs", 2)
     assert status == 0 and "16x24x3, 2 classes" in out and "table schedule, T = 20" in out, err
     assert "afresh: optimiser, average and steps; and the classes a, b, which begin as no label" in out
-    assert "lr 2e-05, warm-up 100" in out
+    assert "lr 2e-05, warm-up 0" in out
     tuned = checkpoint.load("theirs-tuned.pt")
     assert tuned["shape"] == (3, 16, 24) and tuned["classes"] == ["a", "b"] and tuned["step"] == 4
     assert equal(tuned["process"], weights["process"]) and tuned["process"]["variance"] == "beta_tilde"
     status, out, err = call(train, *flags, "--init", "theirs.pt", "--epochs", 1, "--out", "own-size.pt")
-    assert status == 0 and "8x8x3\n" in out and "classes" not in out, err  # its own size is the default
+    assert status == 0 and "8x8x3;" in out and "classes" not in out, err  # its own size is the default
     assert equal(checkpoint.load("theirs.pt"), weights)
 
 

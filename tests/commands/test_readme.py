@@ -76,9 +76,9 @@ def test_every_command_of_the_pages_runs(command, call, tmp_path):
     elif not script.endswith(".py") or script.startswith("tests/"):
         run(" ".join(words) + " " + SHORT[script])
     else:
-        (tmp_path / "path" / "to" / "images").mkdir(parents=True)
+        (tmp_path / "path" / "to" / "images" / "class").mkdir(parents=True)
         for i in range(3):
-            stripes(40 + i, 50).save(tmp_path / "path" / "to" / "images" / f"{i}.png")
+            stripes(40 + i, 50).save(tmp_path / "path" / "to" / "images" / "class" / f"{i}.png")
         if script != "train.py" or "--resume" in words:
             ckpt = words[words.index("--ckpt") + 1] if "--ckpt" in words else "ckpt.pt"
             assert call(train, *SHORT["train.py"].split(), "--out", ckpt, "--log", "log.jsonl")[0] == 0
