@@ -1,7 +1,7 @@
 """Trains a DDPM on built-in digits, on CIFAR-10, or on a folder of images.
 
     python train.py --epochs 5                           digits: nothing to download, no GPU needed
-    python train.py --data cifar10 --epochs 100          the paper's network and settings
+    python train.py --data cifar10 --epochs 100          on a GPU, the paper's network and settings
     python train.py --data path/to/images                your photos; with --labels, subfolders are classes
     python train.py --resume ckpt.pt                     goes on where it stopped, bit for bit
     python train.py --init ckpt.pt --data path/to/images   a new run from trained weights: fine-tuning
