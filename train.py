@@ -147,7 +147,7 @@ def main(cfg, given):
     # The loop, to the last step or to a signal.
     monitor = Monitor(cfg, run.about["images"], run.step, steps, device)
     monitor.describe(run, d, cost, recipes.reason(cfg, run.about, device.type))
-    for warning in recipes.warnings(cfg, run.about, steps, d):
+    for warning in () if saved else recipes.warnings(cfg, run.about, steps, d):
         note(f"warning: {warning}")
     learn(cfg, run, d, train_set, held_out, monitor, device)
     if workers.is_first():

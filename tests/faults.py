@@ -75,7 +75,7 @@ class Done:
     def refused(self, status=1):
         """It ended with this status, in one line."""
         lines = [line for line in self.err.splitlines()  # a library of torch's speaks too, without files
-                 if not line.startswith(("note: ", "Error in cpuinfo"))]  # fmt: skip
+                 if not line.startswith(("note: ", "warning: ", "Error in cpuinfo"))]  # fmt: skip
         assert self.status == status and len(lines) == 1 and ".py: error: " in lines[0], self
         return lines[0]
 

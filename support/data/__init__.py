@@ -53,7 +53,7 @@ def load_both(cfg, size):
     """Of the settings of train.py: the Data to train on, and the Data held out from it, perhaps none."""
     how = (cfg.data_dir, size, cfg.channels, cfg.skip_broken, cfg.labels)
     train_set = load(cfg.data, "training", *how, cfg.limit)
-    return train_set, known_only(load(cfg.data, "held out", *how), train_set.classes)
+    return train_set, known_only(load(cfg.data, "held out", *how, limit=512), train_set.classes)
 
 
 def known_only(data, classes):

@@ -222,7 +222,7 @@ def test_what_will_happen_is_said_before_the_first_step(trained):
     """Images, network, settings and why; seconds a step, images at a time, memory; epochs, steps and time."""
     _, out = trained
     before = out.split("epoch 1 of 4: loss")[0]
-    for words in ("glyphs: 64 images, 16x16x1, 10 classes; 2,000 more are held out",
+    for words in ("glyphs: 64 images, 16x16x1, 10 classes; 512 more are held out",
                   "settings: a small network", "a step: about ",
                   "seconds in fp32, 16 images at a time, about ",
                   "are free", "4 epochs, 16 steps: about 0:0"):
