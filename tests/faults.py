@@ -300,7 +300,7 @@ def not_a_number(rng):
     def poisoned(function, poison):
         def call(*args):
             nonlocal calls
-            calls += 1
+            calls += what != "loss" or torch.is_grad_enabled()  # not the loss on images held out
             return poison(function, args) if calls == at else function(*args)
 
         return call
