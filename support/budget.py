@@ -35,9 +35,9 @@ class Cost(NamedTuple):
 
     def __str__(self):
         name, other = ("bf16", "fp32") if self.bf16 else ("fp32", "bf16")
-        than = f" (about {self.other:.2g} in {other})" if self.other else ""
+        than = f" (about {short(self.other)} in {other})" if self.other else ""
         of = f"of the {gigabytes(self.free)} that are free" if self.free else "(what is free cannot be read)"
-        return (f"about {self.seconds:.2g} seconds in {name}{than}, {self.images} images at a time, about "
+        return (f"about {short(self.seconds)} seconds in {name}{than}, {self.images} images at a time, about "
                 f"{gigabytes(self.memory)} {of}")
 
 
@@ -238,6 +238,10 @@ def used(device):
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def short(seconds):
+    return f"{seconds:.2g}" if seconds < 10 else f"{seconds:,.0f}"
 
 
 def gigabytes(count):
