@@ -1,7 +1,7 @@
 """What a step of this network costs here: seconds and memory; hence its precision, and images at a time.
 
 Memory is counted before anything is computed: the tensors that a forward pass keeps for its backward pass, of
-a network without numbers. Time is measured, in steps that change no weight and draw from no generator.
+a network without numbers. Time is measured, in steps that leave weights and generators as they were.
 """
 
 import itertools
@@ -44,15 +44,15 @@ class Cost(NamedTuple):
 # --- Memory --------------------------------------------------------------------------------------
 
 
-def needed(network, shape, images):
-    """The bytes of a step on so many images, in any precision: ddpm.UNet(**network) on images of
+def memory(network, shape):
+    """The bytes of a step, in any precision, as (its own, each image's): ddpm.UNet(**network) on images of
     `shape` (C, H, W)."""
     with torch.device("meta"):  # tensors that have a shape and no numbers
         net = ddpm.UNet(**network).to(memory_format=torch.channels_last)
         # The second of two images takes what an image takes; the first takes what a step does, too.
         one, two = (kept(net, torch.empty(n, *shape), torch.ones(n, dtype=torch.int64)) for n in (1, 2))
     weights = sum(weight.numel() for weight in net.parameters())
-    return A_WEIGHT * weights + one + (images - 1) * (two - one)
+    return A_WEIGHT * weights + 2 * one - two, two - one
 
 
 def kept(net, xt, t):
@@ -139,8 +139,10 @@ def trial(net, about, batch, device, precision="auto", at_a_time="auto"):
         say(f"trying a step of {batch:,} images, for its time and memory")
     free = free_memory(device)
     known, seconds = UNKNOWN if free is None else free, {}
-    most = fitting(about, batch, known)
-    if at_a_time != "auto" and needed(about["network"], about["shape"], min(int(at_a_time), batch)) > known:
+    own, each = memory(about["network"], about["shape"])
+    most = fitting(about, own, each, batch, known)
+    n = 1 if at_a_time == "auto" else min(int(at_a_time), batch)
+    if own + n * each > known:
         raise Failure(f"--micro-batch {at_a_time}: more than the {gigabytes(known)} of memory that are free; "
                       f"{most} or auto would do")
 
@@ -152,7 +154,6 @@ def trial(net, about, batch, device, precision="auto", at_a_time="auto"):
 
     # Both precisions, on as many images as take a fifth of a second: fewer are mostly overhead.
     first, able = precision == "bf16", devices.has_bf16(device)
-    n = 1 if at_a_time == "auto" else min(int(at_a_time), batch)
     while at_a_time == "auto" and 2 * n <= most and n * measured(first, n) < 0.2:
         n *= 2
     both = [measured(False, n) if precision in ("auto", "fp32") else 0.0,
@@ -170,7 +171,7 @@ def trial(net, about, batch, device, precision="auto", at_a_time="auto"):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     other = batch * both[not bf16] or None
-    return Cost(bf16, n, slowest, needed(about["network"], about["shape"], n), free, other)
+    return Cost(bf16, n, slowest, own + n * each, free, other)
 
 
 def fastest(seconds, n, most):
@@ -185,18 +186,18 @@ def fastest(seconds, n, most):
     return n
 
 
-def fitting(about, batch, free):
-    """The largest number of images, up to `batch`, whose step takes at most half of the free memory."""
+def fitting(about, own, each, batch, free):
+    """The largest number of images, up to `batch`, whose step takes at most half of the free memory; own and
+    each are those of memory(). Raises Failure if one image, or the batch itself, does not fit."""
     network, shape = about["network"], about["shape"]
     if (images := 12 * batch * math.prod(shape)) > free:  # image, noise and their mirror in float32
         raise Failure(f"--batch-size {batch}: its images alone take {gigabytes(images)}, and "
                       f"{gigabytes(free)} of memory are free")
-    one, two = (needed(network, shape, n) for n in (1, 2))
-    if one > free:
+    if own + each > free:
         raise Failure(f"not even one image of {shape[1]}x{shape[2]} fits: with this network a step takes "
-                      f"{gigabytes(one)}, and {gigabytes(free)} of memory are free; "
+                      f"{gigabytes(own + each)}, and {gigabytes(free)} of memory are free; "
                       f"{smaller(network, shape, free)}")
-    return max(1, min(batch, 1 + int((free / 2 - one) / (two - one))))
+    return max(1, min(batch, int((free / 2 - own) / each)))
 
 
 def smaller(network, shape, free):
@@ -205,8 +206,8 @@ def smaller(network, shape, free):
     least = 2 ** (len(network["mult"]) - 1)
     for half in itertools.takewhile(lambda n: min(H, W) // n >= least, (2**k for k in itertools.count(1))):
         h, w = (side // half // least * least for side in (H, W))
-        if needed(network, (C, h, w), 1) < free / 2:
-            return f"one of {h}x{w} would take {gigabytes(needed(network, (C, h, w), 1))}"
+        if (less := sum(memory(network, (C, h, w)))) < free / 2:
+            return f"one of {h}x{w} would take {gigabytes(less)}"
     return "a smaller --width, or a machine with more, is needed"
 
 

@@ -14,10 +14,16 @@ from support.monitor import refuse_log
 from support.progress import note
 
 
+def split(out):
+    """("ckpt", ".pt") for ckpt.pt; the whole name, and "", for one that does not end so."""
+    ends = out.endswith(".pt") and len(os.path.basename(out)) > 3
+    return (out[:-3], ".pt") if ends else (out, "")
+
+
 def grid_name(out, epoch):
     """ckpt.0005.png for ckpt.pt, and ckpt-0005.png for a name without .pt: no two runs share a grid."""
-    stem, dot = (out[:-3], ".") if out.endswith(".pt") and len(os.path.basename(out)) > 3 else (out, "-")
-    return f"{stem}{dot}{epoch:04d}.png"
+    stem, suffix = split(out)
+    return f"{stem}{'.' if suffix else '-'}{epoch:04d}.png"
 
 
 def grids(out):
@@ -72,6 +78,5 @@ def set_aside(out):
 
 def numbered(out, i):
     """ckpt.1.pt for ckpt.pt and 1."""
-    path = pathlib.Path(out)
-    stem, suffix = (path.stem, path.suffix) if path.suffix == ".pt" else (path.name, "")
-    return str(path.with_name(f"{stem}.{i}{suffix}"))
+    stem, suffix = split(out)
+    return f"{stem}.{i}{suffix}"

@@ -9,7 +9,7 @@ import torch
 
 import ddpm
 import improved
-from support import batches, outputs, pictures, sampling
+from support import batches, checkpoint, outputs, pictures, sampling
 from support.files import replacing
 from support.progress import Progress
 
@@ -20,7 +20,7 @@ def held_out_loss(cfg, run, d, held_out, device):
     are no such images. It computes on an eighth as many images as an epoch, or on 16."""
     if not len(held_out.images):
         return None
-    count, learned, total = min(512, max(16, run.about["images"] // 8)), learns(run), 0.0
+    count, learned, total = min(512, max(16, run.about["images"] // 8)), checkpoint.learned(run.about), 0.0
     progress, done = Progress("loss on images held out", count, "images"), 0
     for x0, y, t, eps in batches.fixed(held_out, d.T, count, device, int(cfg.micro_batch)):
         with autocast(cfg, device):
@@ -40,7 +40,7 @@ def draw_grid(cfg, run, d, epoch):
     y, rows = sampling.class_labels(classes[:20], n=max(16, min(40, 4 * len(classes))))
     steps = min(d.T, 50, max(8, 12 * cfg.batch_size // len(y)))
     how = dict(steps=steps, clip=run.about["process"]["clip"])
-    how.update(dict(variance="learned") if learns(run) else dict(eta=1.0))
+    how.update(dict(variance="learned") if checkpoint.learned(run.about) else dict(eta=1.0))
     parts = [slice(i, i + int(cfg.micro_batch)) for i in range(0, len(y), int(cfg.micro_batch))]
     progress, done, x0 = Progress("drawing a grid", steps * len(parts), "steps"), itertools.count(1), []
     for part in parts:
@@ -51,11 +51,6 @@ def draw_grid(cfg, run, d, epoch):
     progress.close()
     with replacing(outputs.grid_name(cfg.out, epoch)) as file:
         pictures.grid(pictures.to_uint8(torch.cat(x0)), rows).save(file, "PNG")
-
-
-def learns(run):
-    """Whether the network gives learned variances beside eps."""
-    return run.about["process"]["variance"] == "learned"
 
 
 def autocast(cfg, device):

@@ -25,7 +25,8 @@ def is_folder(name):
 
 
 def load(name, part, data_dir="data", size=None, channels=None, skip_broken=False, labels=False, limit=None):
-    """The images of a part of some data: "training" or "held out"; or "all", those of another folder.
+    """The images of a part of some data: "training" or "held out"; or "all", those of another folder; of
+    glyphs and CIFAR-10, what is held out.
 
     name: "glyphs", "cifar10" or a folder, whose images are cropped to `size` (H, W). labels: give classes
     too; glyphs always do. limit: a seeded choice of so many images.
@@ -84,7 +85,7 @@ def held_out(ckpt, name=None, data_dir="data", skip_broken=False, limit=None):
                skip_broken=skip_broken or ckpt.get("config", {}).get("skip_broken") is True)
     ours = is_folder(name) and trained_on(ckpt, name, how)
     apart = not ours or ckpt.get("held_out", 0) > 0
-    found = load(name, "held out" if apart and (ours or not is_folder(name)) else "all", limit=limit, **how)
+    found = load(name, "held out" if ours and apart else "all", limit=limit, **how)
     if not len(found.images):
         raise Failure(f"--data {name}: holds no image that can be used")
     if tuple(found.images.shape[1:]) != (C, H, W):

@@ -21,6 +21,12 @@ ABOUT = dict(network=SMALL, shape=(3, 16, 16))
 CPU = torch.device("cpu")
 
 
+def needed(network, shape, images):
+    """The bytes of a step on so many images."""
+    own, each = budget.memory(network, shape)
+    return own + images * each
+
+
 @pytest.fixture
 def net():
     torch.manual_seed(0)
@@ -49,31 +55,31 @@ def test_the_memory_that_is_counted_holds_what_a_real_step_keeps(network, shape,
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         real = budget.kept(net, torch.zeros(n, *shape), torch.ones(n, dtype=torch.int64))
     weights = sum(weight.numel() for weight in net.parameters())
-    counted = budget.needed(network, shape, n) - budget.A_WEIGHT * weights
+    counted = needed(network, shape, n) - budget.A_WEIGHT * weights
     assert counted >= real and (bf16 or counted <= 2 * real), (counted, real)
 
 
 def test_a_step_takes_half_of_the_free_memory_at_most(net, monkeypatch):
     """The largest number of images for which that holds, where more at a time are faster."""
-    for free in (2 * budget.needed(SMALL, (3, 16, 16), 7), 2 * budget.needed(SMALL, (3, 16, 16), 8) - 1):
+    for free in (2 * needed(SMALL, (3, 16, 16), 7), 2 * needed(SMALL, (3, 16, 16), 8) - 1):
         cost = trial(net, monkeypatch, lambda bf16, n: 1e-3 / n, free)
         assert cost.images == 7 and cost.memory <= free / 2
     assert trial(net, monkeypatch, lambda bf16, n: 1e-3 / n).images == 64
 
 
 def test_where_no_free_memory_can_be_read_four_gibibytes_are_taken_for_it(net, monkeypatch):
-    monkeypatch.setattr(budget, "needed", lambda network, shape, n: n * 2**28)
+    monkeypatch.setattr(budget, "memory", lambda network, shape: (0, 2**28))
     cost = trial(net, monkeypatch, lambda bf16, n: 1e-3 / n, free=None)
     assert cost.images == 8 and "cannot be read" in str(cost)
 
 
 def test_an_image_that_does_not_fit_is_refused_with_a_size_that_does(net, monkeypatch):
     monkeypatch.setitem(ABOUT, "shape", (3, 96, 64))
-    free = budget.needed(SMALL, (3, 96, 64), 1) - 1
+    free = needed(SMALL, (3, 96, 64), 1) - 1
     with pytest.raises(Failure, match="not even one image of 96x64 fits") as caught:
         trial(net, monkeypatch, lambda bf16, n: 1e-3, free)
     h, w = map(int, re.search(r"one of (\d+)x(\d+)", str(caught.value)).groups())
-    assert budget.needed(SMALL, (3, h, w), 1) < free / 2 and h % 2 == w % 2 == 0
+    assert needed(SMALL, (3, h, w), 1) < free / 2 and h % 2 == w % 2 == 0
     with pytest.raises(Failure, match="a smaller --width"):
         trial(net, monkeypatch, lambda bf16, n: 1e-3, 300_000, batch=1)
     with pytest.raises(Failure, match="--batch-size 64: its images alone take 14 MB"):
