@@ -328,7 +328,7 @@ def test_a_grid_takes_the_time_of_a_few_steps(call, monkeypatch):
 
         monkeypatch.setattr(sampling, "sample", sample)
         monkeypatch.setattr(snapshots, "replacing", lambda path: io.BytesIO())
-        about = dict(classes=[str(k) for k in range(classes)], shape=(3, 8, 8),
+        about = dict(classes=[str(k) for k in range(classes)], shape=(3, 8, 8), network=dict(out_channels=3),
                      process=checkpoint.process("cosine", 1000, "fixed"))  # fmt: skip
         run = train.Run(None, torch.nn.Linear(1, 1), None, 0, about)
         snapshots.draw_grid(train.Config(batch_size=B, micro_batch="16", precision="fp32"), run,
