@@ -16,6 +16,7 @@ import closing  # noqa: E402
 import far  # noqa: E402, F401  before autograd is used for the first time: see there
 import judge  # noqa: E402
 import judged  # noqa: E402
+import parallel  # noqa: E402
 
 torch.set_num_threads(1)  # the tensors are tiny: a second thread only waits
 
@@ -82,6 +83,7 @@ def pytest_configure(config):
     if mapping and judged.ROLES is None:
         raise pytest.UsageError(f"--map {mapping}: it defines no {judged.MAP}(net)")
     config.pluginmanager.register(closing.Closing(), "closing")
+    config.pluginmanager.register(parallel)
 
 
 def pytest_collection_modifyitems(config, items):

@@ -1,6 +1,7 @@
 """Which sections are judged, and the table that closes a run: judged, failed, absent, by which rule."""
 
 import collections
+import pathlib
 import re
 
 import pytest
@@ -84,25 +85,25 @@ class Closing:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item, call):
-        name, failed = (
-            section(item.path),
-            call.excinfo and not call.excinfo.errisinstance(pytest.skip.Exception),
-        )
-        if failed and name in BUILDS_ON:
-            rule = rule_of(call.excinfo.value, item)
+        name, error = section(item.path), call.excinfo
+        is_failure = error and name in BUILDS_ON and not error.errisinstance(pytest.skip.Exception)
+        rule = rule_of(error.value, item) if is_failure else None
+        if rule:
             words, causes = f"rule broken: {rule}", self.causes(name)
             if causes:
                 words += f"; it may follow from what failed in {', '.join(causes)}: start there"
-            call.excinfo.value.add_note(words)
+            error.value.add_note(words)
         report = yield
-        if name in BUILDS_ON:
-            self.count(name, report, rule if failed else None)
+        report.rule = rule  # it goes with the report to the process that counts
         return report
 
-    def count(self, name, report, rule):
+    def pytest_runtest_logreport(self, report):
+        name = section(pathlib.Path(report.location[0]))
+        if name not in BUILDS_ON:
+            return
         counts = self.counts[name]
-        if rule:
-            counts[rule] += 1
+        if report.rule:
+            counts[report.rule] += 1
         if report.skipped and "absent: " in str(report.longrepr):
             counts["absent"] += 1
         elif report.when == "call" and not report.skipped:
