@@ -64,7 +64,7 @@ def at(table, t, x):
     1.7e-4. Only CUDA may run ahead of the copy: Apple GPUs read freed memory (pytorch #189690)."""
     t = torch.as_tensor(t, device="cpu").reshape(-1)
     ok = t.dtype == torch.int64 and len(t) in (1, len(x)) and 0 <= t.min() and t.max() < len(table)
-    require(ok, f"t must be an int, or int64 for each image, in 0..{len(table) - 1}")
+    require(ok and table[t].isfinite().all(), "need t, int or (B,) int64, 0..T; a step is from 1")
     c = table[t].to(torch.promote_types(x.dtype, torch.float32))
     return c.to(x.device, non_blocking=x.is_cuda).reshape(-1, *[1] * (x.ndim - 1))
 
@@ -74,7 +74,7 @@ class Diffusion:
     def __init__(self, beta):
         beta = torch.as_tensor(beta, dtype=torch.float64, device="cpu").clone()
         require(beta.ndim == 1 and len(beta) > 1 and beta[0] == 0, "need beta[0..T], beta[0] = 0")
-        require(((0 < beta[1:]) & (beta[1:] < 1)).all(), "need each beta_1 .. beta_T inside (0, 1)")
+        require(((beta < 1) & (1 - beta < 1))[1:].all(), "need each beta_1 .. beta_T inside (0, 1)")
         self.T, self.beta, self.alpha = len(beta) - 1, beta, 1 - beta
         self.alpha_bar = self.alpha.cumprod(0)
         ab, ab_s = self.alpha_bar, self.alpha_bar.roll(1)  # at t and at s = t - 1
@@ -101,7 +101,8 @@ class Diffusion:
     def eps_from_x0(self, xt, t, x0):
         """The noise that x0 implies, which is eq. 4 solved for eps. t in 1..T."""
         alike(xt, x0)
-        return (xt - at(self.alpha_bar.sqrt(), t, xt) * x0) / at((1 - self.alpha_bar).sqrt(), t, xt)
+        ab = self.alpha_bar
+        return at((1 - ab).rsqrt(), t, xt) * (xt - at(ab.sqrt(), t, xt) * x0)
 
     def p_mean(self, xt, t, eps, clip=True):
         """eq. 11: mu_theta(xt, t), as eq. 7 at the x0 that eps implies; the same unless clipped."""
@@ -211,8 +212,7 @@ def bound_terms(model, d, x0, variances, clip=True, generator=None):
                 var = at(d.beta_tilde, 2, x0) if d.T > 1 else at(d.beta, 1, x0)
                 nats = -discretized_log_likelihood(x0, mu_theta, var)
             row[:, t - 1] = nats.flatten(1).mean(1).cpu()
-    ab = at(d.alpha_bar, d.T, x0)
-    prior = normal_kl(ab.sqrt() * x0, at(1 - d.alpha_bar, d.T, x0), 0.0, 1.0)
+    prior = normal_kl(at(d.alpha_bar.sqrt(), d.T, x0) * x0, at(1 - d.alpha_bar, d.T, x0), 0.0, 1.0)
     terms[:, :, d.T] = prior.flatten(1).mean(1).cpu()
     return terms / math.log(2)
 

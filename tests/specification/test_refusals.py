@@ -62,6 +62,11 @@ REFUSED = {
     "three t for two images": lambda: noise(torch.tensor([1, 2, 3])),
     "three t for one image": lambda: noise(torch.tensor([1, 2, 3]), 1),
     "no t at all": lambda: noise(torch.tensor([], dtype=torch.int64)),
+    "a reverse step from t = 0": lambda: d().p_mean(images(2, 3), torch.tensor([1, 0]), images(2, 3)),
+    "the noise of a clean image": lambda: d().eps_from_x0(images(2, 3), torch.tensor([0, 2]), images(2, 3)),
+    "a learned variance at t = 0": lambda: improved.variance(d(), 0, images(2, 3)),
+    "a learned term at t = 0": lambda: improved.bound_term(
+        d(), images(2, 3), images(2, 3), torch.tensor([2, 0]), images(2, 3), images(2, 3)),
     "0 among the t of L_simple": lambda: simple(t=(1, 0)),
     "0 among the t of L_hybrid": lambda: hybrid(t=(1, 0)),
     "one t for L_simple": lambda: simple(t=3), "one t for L_hybrid": lambda: hybrid(t=3),
@@ -91,6 +96,7 @@ REFUSED = {
     "x0 of nan": lambda: bound(x0=images(2, 3) * torch.nan),
     # tables, grids, generators
     "beta_0 that is not 0": lambda: ddpm.Diffusion([0.1, 0.2]), "beta of 1": lambda: ddpm.Diffusion([0, 1.0]),
+    "beta of 1e-17, so that 1 - beta is 1": lambda: ddpm.Diffusion([0, 1e-17, 0.5]),
     "a schedule of no steps": lambda: ddpm.Diffusion(ddpm.linear_schedule(0)),
     "sigma2 from step 1": lambda: ddpm.sample_ancestral(model, d(), images(2, 3), d().beta[1:]),
     "sigma2 of another T": lambda: ddpm.sample_ancestral(
