@@ -49,8 +49,9 @@ def memory(network, shape):
     `shape` (C, H, W)."""
     with torch.device("meta"):  # tensors that have a shape and no numbers
         net = ddpm.UNet(**network).to(memory_format=torch.channels_last)
-        # The second of two images takes what an image takes; the first takes what a step does, too.
-        one, two = (kept(net, torch.empty(n, *shape), torch.ones(n, dtype=torch.int64)) for n in (1, 2))
+        images = [(torch.empty(n, *shape), torch.ones(n, dtype=torch.int64)) for n in (1, 2)]
+    # The second of two images takes what an image takes; the first takes what a step does, too.
+    one, two = (kept(net, xt, t) for xt, t in images)
     weights = sum(weight.numel() for weight in net.parameters())
     return A_WEIGHT * weights + 2 * one - two, two - one
 
