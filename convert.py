@@ -42,7 +42,7 @@ def main(cfg, given):
     if not all(weight.isfinite().all() for weight in weights.values()):
         raise Failure(f"{cfg.ckpt}: its weights are not finite")
     if to_folder:
-        with replacing_folder(out) as folder:
+        with replacing_folder(cfg.out) as folder:
             diffusers_format.write_folder(folder, held)
     else:
         checkpoint.save(cfg.out, parts)

@@ -17,6 +17,7 @@ functions above it, which take a model and a diffusion as ddpm.py's do.
 
 import itertools
 import json
+import os
 import pathlib
 from dataclasses import dataclass
 from functools import cached_property
@@ -75,7 +76,8 @@ def main(cfg, given):
             picture = FIGURES[name](scene)
             with replacing(out / f"{name}.png") as file:
                 picture.save(file, "PNG", optimize=True)
-            say(f"{out / name}.png: {FIGURES[name].__doc__.splitlines()[0]}")
+            about = FIGURES[name].__doc__ or name  # python -OO leaves no docstrings
+            say(f"{out / name}.png: {about.splitlines()[0]}")
     for name, why in reasons.items():
         say(f"not drawn: {name}, which needs {why}")
 
@@ -83,7 +85,7 @@ def main(cfg, given):
 def lacking(name, scene):
     """What a figure needs that was not given, in words; None, if it can be drawn."""
     if name == "loss":
-        return None if scene.cfg.log else "--log, a file that train.py --log wrote"
+        return None if scene.log else "--log, a file that train.py --log wrote"
     if name in ("forward", "schedules", "embedding"):
         return None
     if not scene.ckpt:
@@ -99,6 +101,7 @@ class Scene:
 
     def __init__(self, cfg):
         self.cfg, self.ckpt, self.device = cfg, None, devices.pick_device(cfg.device)
+        self.log = read_log(cfg.log) if cfg.log else None
         devices.use_precision(bf16=False)  # the bound sums T terms, and bf16 would round each
         several = max(2, cfg.n or 16)
         if cfg.ckpt:
@@ -261,10 +264,9 @@ def loss(scene):
     Look at the gap. Where the training loss falls and the held-out one rises, images are learnt by
     heart. A loss that hardly falls any more is no reason to stop: samples still get better.
     """
-    log = read_log(scene.cfg.log)
     curves = {}
     for name, key in (("training", "loss"), ("held out", "held_out")):
-        if points := [(line["epoch"], line[key]) for line in log if line.get(key) is not None]:
+        if points := [(line["epoch"], line[key]) for line in scene.log if line.get(key) is not None]:
             curves[name] = np.array(points).T
     x = Axis("epochs", 0, max(epoch.max() for epoch, _ in curves.values()))
     y = span("mean squared error of eps", [value for _, value in curves.values()], log=True)
@@ -273,6 +275,8 @@ def loss(scene):
 
 def read_log(path):
     """The lines of a log as dictionaries."""
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe may have no writer, or no end
+        raise Failure(f"--log {path}: is not an ordinary file")
     with open(path, errors="replace") as file:
         text = file.read()
     try:

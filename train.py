@@ -142,14 +142,14 @@ def main(cfg, given):
                         cfg.micro_batch)
     cfg = recipes.measured(cfg, run.about, cost, device.type)
     steps = recipes.steps(cfg, run)
-    outputs.make_way(cfg)
 
     # The loop, to the last step or to a signal.
-    monitor = Monitor(cfg, run.about["images"], run.step, steps, device)
-    monitor.describe(run, d, cost, recipes.reason(cfg, run.about, device.type))
-    for warning in () if saved else recipes.warnings(cfg, run.about, steps, d):
-        note(f"warning: {warning}")
-    learn(cfg, run, d, train_set, held_out, monitor, device)
+    with outputs.claimed(cfg):
+        monitor = Monitor(cfg, run.about["images"], run.step, steps, device)
+        monitor.describe(run, d, cost, recipes.reason(cfg, run.about, device.type))
+        for warning in () if saved else recipes.warnings(cfg, run.about, steps, d):
+            note(f"warning: {warning}")
+        learn(cfg, run, d, train_set, held_out, monitor, device)
     if workers.is_first():
         say(f"{cfg.out}: {steps} steps done; now: python sample.py --ckpt {shlex.quote(cfg.out)} "
             f"--out grid.png")
@@ -284,8 +284,10 @@ def save(cfg, run, monitor):
     sums = (float(sum(p.detach().sum() for p in net.parameters())) for net in (run.net, run.ema))
     monitor.refuse_infinite(run.step, 0, 0, *sums)
     if workers.is_first():
+        # A run may be resumed from another folder: the path of its own is kept whole.
+        place = os.path.abspath(cfg.data) if data.is_folder(cfg.data) else cfg.data
         checkpoint.save(cfg.out, dict(
-            config=asdict(cfg), **run.about, step=run.step, model=run.net.state_dict(),
+            config=dict(asdict(cfg), data=place), **run.about, step=run.step, model=run.net.state_dict(),
             ema=run.ema.state_dict(), optimizer=run.optimizer.state_dict()))
 
 

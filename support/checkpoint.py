@@ -11,7 +11,6 @@ import math
 import os
 import warnings
 
-import numpy as np
 import torch
 
 import ddpm
@@ -62,8 +61,7 @@ def load(path):
             config = ckpt["config"]
             ckpt["process"] = process(config["schedule"], config["timesteps"], config["variance"])
         check_contents(ckpt)
-        for weights in (ckpt["model"], ckpt["ema"]):
-            check_weights(ckpt["network"], weights, os.path.getsize(path))
+        check_weights(ckpt["network"], (ckpt["model"], ckpt["ema"]), os.path.getsize(path))
     return ckpt
 
 
@@ -87,9 +85,13 @@ def check_seal(path):
     if not sealed(path):
         raise Failure(f"{path}: not a checkpoint of train.py, or not all of one; convert.py reads others' "
                       f"weights")
-    data = np.memmap(path, np.uint8, "r")
-    if hashlib.sha256(data[: -len(SEAL) - 32]).digest() != data[-32:].tobytes():
-        raise Failure(f"{path}: damaged: its checksum does not match its contents")
+    digest, left = hashlib.sha256(), os.path.getsize(path) - len(SEAL) - 32
+    with open(path, "rb") as file:  # not mapped: a file that shrinks meanwhile would end the process
+        while left > 0 and (part := file.read(min(left, 2**20))):
+            digest.update(part)
+            left -= len(part)
+        if file.read(len(SEAL) + 32)[len(SEAL) :] != digest.digest():
+            raise Failure(f"{path}: damaged: its checksum does not match its contents")
 
 
 def sealed(path):
@@ -110,8 +112,9 @@ def check_contents(ckpt):
     fit(H * W <= 2**22)  # as --size
     factor = 2 ** (len(network["mult"]) - 1)
     fit(all(isinstance(process[name], kind) for name, kind in PROCESS.items()))
-    fit(process["beta"].dtype == torch.float64 and 1 < len(process["beta"]) <= 10**6 + 1)
-    ddpm.Diffusion(process["beta"])  # refuses what is no table of betas
+    beta = process["beta"]
+    fit(beta.dtype == torch.float64 and 1 < len(beta) <= 10**6 + 1 and not beta.requires_grad)
+    ddpm.Diffusion(beta)  # refuses what is no table of betas
     fit(process["schedule"] in (*SCHEDULES, "table"))
     fit(len(ckpt["classes"]) == (network["num_classes"] or 0))
     fit(all(isinstance(name, str) for name in ckpt["classes"]))
@@ -155,22 +158,25 @@ def check_optimizer(saved, optimizer):
     for state, weight in zip(saved["state"].values(), weights):
         fit(state.keys() == {"step", "exp_avg", "exp_avg_sq"})
         fit(state["step"].shape == () and state["step"].dtype == torch.float32)
+        fit(not any(tensor.requires_grad for tensor in state.values()))
         for average in (state["exp_avg"], state["exp_avg_sq"]):
             fit(average.dtype == weight.dtype and average.layout == weight.layout)
             fit(average.shape == weight.shape and average.stride() == weight.stride())
 
 
-def check_weights(network, weights, size):
-    """The same, unless these are the weights of the network, and a file of `size` bytes can hold them.
+def check_weights(network, both, size):
+    """The same, unless both are weights of the network, and a file of `size` bytes can hold each of them.
 
     A network that is larger than its file is refused here, before its memory is asked for.
     """
-    fit(10 * len(network["mult"]) * (2 * network["blocks"] + 1) <= len(weights))  # ten or more a block
+    fewest = 10 * len(network["mult"]) * (2 * network["blocks"] + 1)  # ten or more a block
+    fit(all(len(weights) >= fewest for weights in both))
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in ddpm.UNet(**network).state_dict().items()}
-    fit({name: tensor.shape for name, tensor in weights.items()} == shapes)
-    fit(all(tensor.dtype == torch.float32 and tensor.layout == torch.strided for tensor in weights.values()))
-    fit(sum(tensor.nbytes for tensor in weights.values()) <= size)
+    for weights in both:
+        fit({name: tensor.shape for name, tensor in weights.items()} == shapes)
+        fit(all(t.dtype == torch.float32 and t.layout == torch.strided for t in weights.values()))
+        fit(sum(t.nbytes for t in weights.values()) <= size)
 
 
 def fit(condition):

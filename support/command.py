@@ -165,7 +165,8 @@ def on_ending_signals(handler):
 
 
 def interrupt(number, frame):
-    """Ends a command as Ctrl-C does, so that it cleans up."""
+    """Ends a command as Ctrl-C does, so that it cleans up; no other signal interrupts that."""
+    on_ending_signals(signal.SIG_IGN)
     raise KeyboardInterrupt(number)
 
 
@@ -180,7 +181,7 @@ def explained(error):
     if isinstance(error, BrokenPipeError):
         return 1, "nobody reads the output any more"
     if isinstance(error, OSError):
-        return 1, f"{error.filename or 'file'}: {error.strerror or error}"
+        return 1, f"{error.filename or 'the output'}: {error.strerror or error}"
     if isinstance(error, NotImplementedError):  # an operation that the device lacks, as log_ndtr on Apple's
         return 1, f"{str(error).split('. ')[0]}; try --device cpu, or PYTORCH_ENABLE_MPS_FALLBACK=1"
     if out_of_memory(error):

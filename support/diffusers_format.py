@@ -100,6 +100,8 @@ class Settings(dict):
 def read_json(path):
     """The object in a JSON file, whose size is bounded."""
     try:
+        if not os.path.isfile(path):  # a pipe may have no writer
+            raise ValueError("not an ordinary file")
         if os.path.getsize(path) > LARGEST_CONFIG:
             raise ValueError(f"larger than {LARGEST_CONFIG:,} bytes")
         with open(path, encoding="utf-8") as file:
@@ -288,10 +290,10 @@ def read_folder(folder, class_names=None):
 
     def inside(name, file):
         nested = os.path.join(folder, name, file)
-        return nested if os.path.isfile(nested) else os.path.join(folder, file)
+        return nested if os.path.lexists(nested) else os.path.join(folder, file)
 
     path = inside("unet", "config.json")
-    if not os.path.isfile(path):
+    if not os.path.lexists(path):
         raise Failure(f"{path}: no such file; a folder in diffusers' layout has it")
     config = Settings(path, ["UNet2DModel"], FIXED, FREE)
     safe, pickled = (os.path.join(os.path.dirname(path), f"diffusion_pytorch_model.{kind}")
@@ -301,7 +303,7 @@ def read_folder(folder, class_names=None):
     network, shape = read_network(config, len(found))
     learned = network["out_channels"] > shape[0]
     scheduler = inside("scheduler", "scheduler_config.json")
-    process, assumed = authors_process("learned" if learned else "beta"), not os.path.isfile(scheduler)
+    process, assumed = authors_process("learned" if learned else "beta"), not os.path.lexists(scheduler)
     if not assumed:
         kinds = ["DDPMScheduler", "DDIMScheduler"]
         process = read_process(Settings(scheduler, kinds, PROCESS_FIXED, PROCESS_FREE), learned)

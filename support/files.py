@@ -27,9 +27,9 @@ def writable(path):
 
 def takes_files(path, typed):
     """Raises Failure, in which `typed` stands for the path, unless a file can be made at `path`."""
-    path = pathlib.Path(os.path.realpath(path))
-    if not path.parent.is_dir():
-        raise Failure(f"{typed}: there is no folder {pathlib.Path(typed).parent}")
+    path, parent = pathlib.Path(os.path.realpath(path)), pathlib.Path(typed).parent
+    if not path.parent.is_dir():  # where a link leads, perhaps
+        raise Failure(f"{typed}: there is no folder {path.parent if parent.is_dir() else parent}")
     partial = partial_name(path)
     try:
         with contextlib.suppress(FileNotFoundError):
@@ -55,7 +55,7 @@ def replacing(path, through_links=True):
     Any exception inside leaves `path` as it was. A full disk raises Failure. through_links: if `path` is a
     link, what it points to is replaced; otherwise the link is, for a place that others may write to.
     """
-    path = pathlib.Path(os.path.realpath(path)) if through_links else pathlib.Path(path)
+    typed, path = path, pathlib.Path(os.path.realpath(path) if through_links else path)
     partial = partial_name(path)
     clear_old_partials(path)
     try:
@@ -68,22 +68,32 @@ def replacing(path, through_links=True):
         os.replace(partial, path)
     except BaseException as error:
         partial.unlink(missing_ok=True)
-        network = isinstance(error, (ConnectionError, TimeoutError))
-        if isinstance(error, OSError) and not error.filename and not network:
-            raise Failure(f"{path}: {error.strerror or error}; nothing changed") from None
-        raise
+        raise named(error, typed, partial) from None
 
 
 @contextlib.contextmanager
-def replacing_folder(path):
-    """Yields an empty folder that takes the place of `path`, which is missing or empty, at the end."""
+def replacing_folder(typed):
+    """Yields an empty folder that takes the place of `typed`, which is missing or empty, at the end. A full
+    disk raises Failure."""
+    path = pathlib.Path(os.path.realpath(typed))
     partial = partial_name(path)
     partial.mkdir()
     try:
         yield partial
         partial.replace(path)
+    except OSError as error:
+        raise named(error, typed, partial) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def named(error, typed, partial):
+    """The error of a writer, which names the file as a person typed it where the system names none, or the
+    partial one."""
+    network = isinstance(error, (ConnectionError, TimeoutError))
+    if isinstance(error, OSError) and error.filename in (None, str(partial)) and not network:
+        return Failure(f"{typed}: {error.strerror or error}; nothing changed")
+    return error
 
 
 def partial_name(path):

@@ -154,7 +154,7 @@ class Monitor:
             with contextlib.suppress(OSError):  # not print, which the signal may have interrupted
                 os.write(2, f"\nstopping after this step{again}\n".encode())
         if number == signal.SIGINT and len(self.stops) > 1:
-            raise KeyboardInterrupt
+            command.interrupt(number, frame)
 
 
 def end_last_line(path):

@@ -1,5 +1,6 @@
 """The names of what a run writes beside its checkpoint, and how an earlier run's files make way for them."""
 
+import contextlib
 import glob
 import itertools
 import os
@@ -8,8 +9,8 @@ import re
 
 from support import workers
 from support.data import is_folder
-from support.errors import UsageError
-from support.files import writable
+from support.errors import Failure, UsageError
+from support.files import partial_stem, writable
 from support.monitor import refuse_log
 from support.progress import note
 
@@ -42,8 +43,8 @@ def refuse(cfg):
     writable(cfg.out)
     writable(grid_name(cfg.out, 0))
     for name, path in (("--out", cfg.out), ("--log", cfg.log)):
-        above = pathlib.Path(path).resolve().parents if path else ()
-        if is_folder(cfg.data) and pathlib.Path(cfg.data).resolve() in above:
+        above = pathlib.Path(os.path.realpath(path)).parents if path else ()
+        if is_folder(cfg.data) and pathlib.Path(os.path.realpath(cfg.data)) in above:
             raise UsageError(f"{name} {path}: is inside --data, and would be taken for one of its images")
     if cfg.init and os.path.exists(cfg.out) and os.path.samefile(cfg.out, cfg.init):
         raise UsageError(f"--out {cfg.out}: is the checkpoint of --init, and would be lost; name another")
@@ -51,10 +52,35 @@ def refuse(cfg):
         refuse_log(cfg.log, (cfg.out, cfg.resume or cfg.init or cfg.out))
 
 
+@contextlib.contextmanager
+def claimed(cfg):
+    """Holds --out for this run: a second one at the same time is refused. What another run left there is
+    renamed. The claim is a lock on a hidden file, which the system lifts when the process ends."""
+    import fcntl  # here, since Windows has none
+
+    if not workers.is_first():
+        yield
+        return
+    path = pathlib.Path(os.path.realpath(cfg.out))
+    claim = path.with_name(f"{partial_stem(path)}running")
+    with open(claim, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Failure(f"--out {cfg.out}: another run is writing there; name another file") from None
+        except OSError:  # a disk of a network that knows no locks
+            pass
+        try:
+            make_way(cfg)
+            yield
+        finally:
+            claim.unlink(missing_ok=True)
+
+
 def make_way(cfg):
     """Renames what another run left at --out."""
     own = cfg.resume and os.path.exists(cfg.out) and os.path.samefile(cfg.out, cfg.resume)
-    if workers.is_first() and not own and (old := set_aside(cfg.out)):
+    if not own and (old := set_aside(cfg.out)):
         note(f"note: what another run left at {cfg.out}, with its grids, is now {old}")
 
 

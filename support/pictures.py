@@ -60,9 +60,11 @@ def kind_of(out):
     Raises UsageError for another ending, Failure for a place where it cannot be written.
     """
     path = where(out)
-    if out.endswith(("/", os.sep)) or path.is_dir():
+    if out.endswith("/") or path.is_dir():
         if path.is_dir() and (any(path.iterdir()) or path.is_mount() or path == pathlib.Path.cwd()):
             raise Failure(f"--out {out}: the folder is not empty, or in use; name a new one")
+        if os.path.lexists(path) and not path.is_dir():
+            raise Failure(f"--out {out}: is there, and no folder; name a new one")
         takes_files(path, out)
         return "/"
     kind = path.suffix.lower()
@@ -73,9 +75,8 @@ def kind_of(out):
 
 
 def where(out):
-    """The path of `out`; "." and ".." are folders that have a name elsewhere."""
-    path = pathlib.Path(out)
-    return path if path.name.strip(".") else path.resolve()
+    """The place of `out` itself: where a link leads, and what "." and ".." are called."""
+    return pathlib.Path(os.path.realpath(out))
 
 
 def refuse_too_large(kind, shape, n, rows):
@@ -91,11 +92,11 @@ def refuse_too_large(kind, shape, n, rows):
 def write(out, kind, images, labels, rows, film):
     """Writes what kind_of(out) announced. labels (N,) or None; film: frames of N images each."""
     if kind == "/":
-        with replacing_folder(where(out)) as folder:
+        with replacing_folder(out) as folder:
             for i, image in enumerate(images):
                 to_picture(image).save(folder / f"{i:06d}.png", "PNG")
         return
-    with replacing(where(out)) as file:
+    with replacing(out) as file:
         if kind == ".npz":
             colour = np.broadcast_to(images, (*images.shape[:3], 3))  # the ADM evaluator takes no grey
             np.savez(file, colour, **({} if labels is None else {"arr_1": labels}))

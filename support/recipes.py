@@ -2,7 +2,6 @@
 from, and its network's sizes."""
 
 import math
-import os
 import pathlib
 import re
 from dataclasses import replace
@@ -51,8 +50,6 @@ def reason(cfg, about, device):
 def settled(cfg, given, saved=None, start=None):
     """The settings of a run, and its device: a new run, one to resume (`saved`), or one from other weights
     (`start`). What follows from a trial step is left to measured()."""
-    if is_folder(cfg.data):  # its absolute path: the run may be resumed from another folder
-        cfg = replace(cfg, data=os.path.abspath(cfg.data))
     cfg = resumed(cfg, given, saved) if saved else cfg
     if cfg.micro_batch != "auto" and not re.fullmatch("[1-9][0-9]{0,9}", cfg.micro_batch):
         raise UsageError(f"--micro-batch {cfg.micro_batch}: must be auto or a whole number, at least 1")

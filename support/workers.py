@@ -5,6 +5,8 @@ A run without torchrun has one process; every function here then returns at once
 
 import contextlib
 import os
+import re
+import signal
 from datetime import timedelta
 
 import torch
@@ -25,10 +27,16 @@ def place():
     found = {name: os.environ.get(name) or None for name in TORCHRUN}
     if (found["WORLD_SIZE"] or "1") == "1":
         return 0, 1
-    if None in found.values() or not all(found[name].isdecimal() for name in NUMBERS):
+    numbers = [int(found[name]) for name in NUMBERS if re.fullmatch("[0-9]{1,9}", found[name] or "")]
+    if len(numbers) < len(NUMBERS) or not found["MASTER_ADDR"]:
         raise UsageError(f"the environment has WORLD_SIZE={found['WORLD_SIZE']}, but not what torchrun sets "
                          f"({', '.join(TORCHRUN)}); start with torchrun, or unset WORLD_SIZE")
-    return int(found["RANK"]), int(found["WORLD_SIZE"])
+    rank, world, local, port = numbers
+    if not (rank < world and local <= rank and 0 < port < 2**16):
+        said = ", ".join(f"{name}={found[name]}" for name in NUMBERS)
+        raise UsageError(f"the environment has {said}, which no torchrun sets; start with torchrun, or unset "
+                         "WORLD_SIZE")
+    return rank, world
 
 
 def here():
@@ -61,11 +69,24 @@ def own_device(name):
 
 
 def meet(device):
-    """Connects the processes: NCCL between GPUs, gloo elsewhere."""
+    """Connects the processes: NCCL between GPUs, gloo elsewhere. Waits for all of them."""
     if several():
         cuda = device.type == "cuda"
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=6),
-                                device_id=device if cuda else None)
+        with ended_by_signals():
+            dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=6),
+                                    device_id=device if cuda else None)
+
+
+@contextlib.contextmanager
+def ended_by_signals():
+    """A context in which Ctrl-C and kill end the process at once: native code that waits hears no handler
+    of Python's. Nothing has been written by then."""
+    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def together(model):

@@ -78,7 +78,7 @@ def held_out(ckpt, name=None, data_dir="data", skip_broken=False, limit=None):
     the run began, and where nothing is left; UsageError for another shape.
     """
     own, (C, H, W) = ckpt.get("config", {}).get("data"), ckpt["shape"]  # converted weights have no data
-    name = os.path.abspath(name) if name and is_folder(name) else name or own
+    name = name or own
     if not name:
         raise UsageError("--data: this checkpoint does not say what it was trained on; name images")
     how = dict(data_dir=data_dir, size=(H, W), channels=C, labels=bool(ckpt["classes"]),
@@ -104,13 +104,14 @@ def trained_on(ckpt, name, how):
     config = ckpt.get("config", {})
     if not is_folder(config.get("data", "glyphs")):
         return False
+    own = os.path.abspath(name) == config["data"]
     if name == config["data"]:  # a path out of a file is shown before it is read
         note(f"images of {name}, which the checkpoint names")
     part, limit = "training" if ckpt.get("held_out", 0) else "all", config.get("limit")
     most = len(folder.chosen(len(folder.listed(name)), part, limit))
     possible = ckpt["images"] <= most if how["skip_broken"] else ckpt["images"] == most
     same = possible and fingerprint(load(name, part, limit=limit, **how)) == ckpt["fingerprint"]
-    if name == config["data"] and not same:
+    if own and not same:
         raise Failure(f"--data {name}: not the images with which this run began, so that nobody knows which "
                       f"it held out; name others")
     return same

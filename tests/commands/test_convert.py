@@ -346,6 +346,15 @@ def test_a_process_that_ours_cannot_be_is_refused_by_the_settings_name(call, the
     refused(call, theirs, "scheduler_config.json", f"{name} is {json.dumps(value)}")
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("nowhere", path)],
+                         ids=["a pipe", "a folder", "a link to nowhere"])  # fmt: skip
+def test_settings_that_are_there_but_no_file_are_refused_and_not_assumed(call, theirs, make):
+    scheduler = theirs / "scheduler" / "scheduler_config.json"
+    scheduler.unlink()
+    make(scheduler)
+    refused(call, theirs, "scheduler_config.json: cannot be read as settings (not an ordinary file)")
+
+
 def test_variances_that_the_network_does_not_learn_cannot_be_learned_ones(call, theirs):
     change(theirs, "scheduler/scheduler_config.json", variance_type="learned_range")
     refused(call, theirs, "scheduler_config.json", 'variance_type is "learned_range"')
@@ -486,6 +495,7 @@ def repacked(source, target):
 
 PICKLES = {
     "code": ({"conv_in.weight": Code()}, "asks for"),
+    "numbers of one hash": ({i * (2**61 - 1): i for i in range(9)}, "too large a number"),
     "a terabyte": ({"conv_in.weight": Memory()}, "bytearray, which is no tensor"),
     "no dictionary": (torch.zeros(3), "no dictionary"),
     "no tensor": ({"conv_in.weight": 3}, "is no tensor"),
@@ -554,7 +564,8 @@ def loss_of(net, d, steps):
                         for x0, y, t, eps in draws])  # fmt: skip
 
 
-FINE = "--limit 64 --batch-size 16 --device cpu --precision fp32 --sample-every 0 --out ckpt.pt".split()
+FINE = ("--limit 64 --batch-size 16 --device cpu --precision fp32 --micro-batch 16 --sample-every 0 "
+        "--out ckpt.pt").split()
 
 
 def test_fine_tuning_starts_at_the_loss_of_the_trained_network(call, trained, tmp_path):
@@ -682,8 +693,8 @@ def test_a_checkpoint_of_format_1_is_still_read(call, trained, tmp_path, monkeyp
 def test_a_checkpoint_whose_settings_ask_for_another_network_is_refused(call, trained):
     """A gigantic one before it is built."""
     ckpt = checkpoint.load(trained[0] / "ckpt.pt")
-    for change in (dict(ch=2**15), dict(blocks=10**9), dict(mult=(1,) * 10**6), dict(attention=()),
-                   dict(num_classes=2**40), dict(ch=10**30), dict(groups=0)):  # fmt: skip
+    for change in (dict(ch=2**15), dict(blocks=10**9), dict(mult=(1,) * 10**4), dict(attention=()),
+                   dict(num_classes=2**40), dict(ch=10**18), dict(groups=0)):  # fmt: skip
         edited = dict(ckpt, network=ckpt["network"] | change)
         if "num_classes" in change:
             edited["classes"] = []

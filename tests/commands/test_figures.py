@@ -185,6 +185,12 @@ def test_without_a_checkpoint_three_figures_are_drawn_and_the_others_are_named(c
     assert named == set(figures.FIGURES) - drawn
 
 
+def test_figures_are_drawn_without_docstrings(call, monkeypatch):
+    """As python -OO leaves them."""
+    monkeypatch.setattr(figures.FIGURES["embedding"], "__doc__", None)
+    assert call(figures, "--only", "embedding", "--out", "f")[:2] == (0, "f/embedding.png: embedding\n")
+
+
 def test_with_a_checkpoint_and_a_log_all_are_drawn_and_again_the_same(call, trained, ckpt, tmp_path):
     """Each a picture that a page can hold; another seed draws others wherever anything is drawn."""
     log = trained[0] / "log.jsonl"
@@ -265,7 +271,7 @@ def test_a_log_that_is_none_is_named(text, call, tmp_path):
     (tmp_path / "log.txt").write_text(text)
     status, _, err = call(figures, "--out", "f", "--only", "loss", "--log", "log.txt")
     assert status == 1 and "log.txt: not a log" in err and len(err.splitlines()) == 1
-    assert not list((tmp_path / "f").iterdir())
+    assert not (tmp_path / "f").exists()
 
 
 def test_the_held_out_loss_of_a_log_is_a_curve_of_its_own(call, tmp_path):

@@ -1,11 +1,13 @@
 """Devices, precision, files and terminals, as the commands meet them."""
 
+import errno
 import json
 import os
-import pathlib
 import pty
+import re
 import shlex
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -16,34 +18,34 @@ import numpy as np
 import pytest
 import torch
 from judge import close
-from running import ROOT, TINY
+from running import ROOT, TINY, start
 
 import evaluate
 import sample
 import train
 from support import checkpoint, devices, files, monitor, pictures
+from support.errors import Failure
 
 
 def test_the_commands_say_the_same_on_another_device_and_seldom_wait_for_it(call):
     """Training, stopped and resumed, sampling and evaluation, on the device of far.py: the CPU's losses,
     pictures and bits/dim, but for the order of sums. A GPU would be waited for at reports and at pictures
     and in the trial only: fewer times than there are steps, which are 32."""
-    tiny = [*TINY, "--batch-size", 4, "--timesteps", 6, "--flip", "yes", "--dropout", 0.1,
-            "--log", "log"]  # fmt: skip
+    tiny = [*TINY, "--batch-size", 4, "--timesteps", 6, "--flip", "yes", "--dropout", 0.1]
     drawing = "--ckpt ckpt.pt --out a.npz --n 4 --guidance 1 --precision fp32 --steps".split()
 
     def results(device):
+        losses = []
         for flags in (tiny, ["--resume", "ckpt.pt"]):
-            status, _, err = call(train, *flags, "--epochs", 1 if flags is tiny else 2, "--device", device)
+            status, out, err = call(train, *flags, "--epochs", 1 if flags is tiny else 2, "--device", device)
             assert status == 0, err
-        losses = [json.loads(line)["loss"] for line in pathlib.Path("log").read_text().splitlines()]
+            losses += map(float, re.search(r"loss (.*), held out (.*),", out).groups())
         waits = [len(reads)]
         for steps in (6, 3):
             assert call(sample, *drawing, steps, "--device", device)[0] == 0
             waits.append(len(reads))
         _, out, err = call(evaluate, "--ckpt", "ckpt.pt", "--n", 2, "--device", device)
         bits = float(out.splitlines()[-1].split()[-3]) if out else err
-        pathlib.Path("log").unlink()
         return losses, np.load("a.npz")["arr_0"].astype(float), bits, waits
 
     with far.device() as reads:
@@ -131,14 +133,20 @@ def test_a_stream_that_is_closed_full_or_unread_does_not_cost_the_run(tmp_path, 
     assert checkpoint.load(tmp_path / "ckpt.pt")["step"] == 1
 
 
+TORCHRUN = dict(WORLD_SIZE="2", RANK="0", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="29517")
+
+
 @pytest.mark.parametrize("variables, words", [
     ({"WORLD_SIZE": "", "RANK": ""}, ""),
     ({"WORLD_SIZE": "1"}, ""),
     ({"RANK": "3", "LOCAL_RANK": "x"}, ""),
     ({"WORLD_SIZE": "4"}, "has WORLD_SIZE=4, but not what torchrun sets"),
     ({"WORLD_SIZE": "2", "RANK": "1"}, "start with torchrun, or unset WORLD_SIZE"),
-    ({"WORLD_SIZE": "two", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"},
-     "has WORLD_SIZE=two"),
+    (TORCHRUN | {"WORLD_SIZE": "two"}, "has WORLD_SIZE=two"),
+    (TORCHRUN | {"WORLD_SIZE": "0"}, "has RANK=0, WORLD_SIZE=0"),
+    (TORCHRUN | {"RANK": "2"}, "has RANK=2, WORLD_SIZE=2"),
+    (TORCHRUN | {"LOCAL_RANK": "1"}, "which no torchrun sets"),
+    (TORCHRUN | {"MASTER_PORT": "99999"}, "MASTER_PORT=99999, which no torchrun sets"),
 ], ids=str)  # fmt: skip
 def test_variables_that_a_cluster_left_are_no_torchrun(call, monkeypatch, variables, words):
     """Empty ones count as none; half of them are one line."""
@@ -148,15 +156,34 @@ def test_variables_that_a_cluster_left_are_no_torchrun(call, monkeypatch, variab
     assert (status, words in err, "error" in err) == (2 if words else 0, True, bool(words)), err
 
 
+def test_a_process_that_waits_for_the_others_can_be_ended(tmp_path, monkeypatch):
+    """The second of two never comes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, value in (TORCHRUN | {"MASTER_PORT": str(port)}).items():
+        monkeypatch.setenv(name, value)
+    process = start("train.py", *SHORT, cwd=tmp_path)
+    while socket.socket().connect_ex(("127.0.0.1", port)):  # it listens once it waits
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait(10) == -signal.SIGTERM and not list(tmp_path.iterdir())
+    process.communicate()
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU"])
 def test_a_signal_in_a_write_leaves_no_partial_file(call, ckpt, monkeypatch, tmp_path, name):
-    """Whatever signal ends it; the exit status is 128 and the signal's number."""
+    """Whatever signal ends it, and though it comes twice; the exit status is 128 and the signal's number."""
     number = getattr(signal, name)
     previous = signal.signal(number, signal.SIG_DFL)  # the tests themselves may be under nohup
 
     def killed(*args):
-        os.kill(os.getpid(), number)
-        time.sleep(9)
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(9)
+        finally:
+            os.kill(os.getpid(), number)
 
     monkeypatch.setattr(pictures, "grid", killed)
     try:
@@ -179,6 +206,14 @@ def test_a_file_that_is_replaced_keeps_its_permissions_and_its_links(tmp_path):
         file.write(b"new")
     assert target.read_bytes() == b"new" and stat.S_IMODE(target.stat().st_mode) == 0o600
     assert (tmp_path / "link.pt").is_symlink()
+
+
+@pytest.mark.parametrize("writer", [files.replacing, files.replacing_folder])
+def test_a_disk_that_is_full_is_one_line_that_names_the_file_as_it_was_typed(tmp_path, monkeypatch, writer):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Failure, match=r"^new: No space left on device; nothing changed$"), writer("new"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_link_in_the_place_of_a_cache_is_replaced_and_not_followed(tmp_path):

@@ -47,6 +47,24 @@ def test_a_second_run_leaves_the_first_ones_checkpoint_and_grids(call, tmp_path)
     assert status == 0 and not (tmp_path / "ckpt.3.pt").exists() and "is now" not in err
 
 
+def test_two_runs_at_once_do_not_share_an_out(call, monkeypatch, tmp_path):
+    """The second is refused in one line; once the first has ended, its file makes way as ever."""
+    refused = []
+
+    def save(*args, save=train.save):
+        save(*args)
+        refused.append(call(train, *TINY, "--epochs", 1))
+
+    monkeypatch.setattr(train, "save", save)
+    assert call(train, *TINY, "--epochs", 1)[0] == 0
+    [(status, _, err)] = refused
+    assert status == 1 and "--out ckpt.pt: another run is writing there; name another file\n" in err, err
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pt"]
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert "is now ckpt.1.pt" in call(train, *TINY, "--epochs", 1)[2]
+
+
 def test_a_run_that_is_refused_renames_nothing(call, tmp_path):
     (tmp_path / "ckpt.pt").write_text("the old one")
     for flags in (["--width", 10], ["--log", "ckpt.pt"], ["--data", "nowhere"], ["--device", "none"]):

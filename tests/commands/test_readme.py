@@ -28,7 +28,8 @@ COMMANDS = [part.split("#")[0].strip() for page in PAGES
 
 # What makes a command take seconds: added at its end, where it wins.
 SHORT = {
-    "train.py": "--epochs 1 --limit 32 --batch-size 8 --width 8 --timesteps 5 --sample-every 0",
+    "train.py": "--epochs 1 --limit 32 --batch-size 8 --micro-batch 8 --width 8 --timesteps 5 "
+                "--sample-every 0",
     "sample.py": "--n 3 --steps 2",
     "evaluate.py": "--n 2",
     "figures.py": "--n 2 --out figures",

@@ -52,6 +52,7 @@ OPTIMISERS = {
     "an average in float64": state("exp_avg", lambda x: x.double()),
     "an average that is a list": state("exp_avg", lambda x: x.tolist()),
     "a step that is a number": state("step", lambda x: 3),
+    "a step with a gradient": state("step", lambda x: x.requires_grad_()),
     "two steps": state("step", lambda x: x.repeat(2)),
     "another setting": group(weight_decay=0.5),
     "a setting of another type": group(betas=[0.9, 0.999]),
@@ -76,6 +77,7 @@ CONTENTS = {
     "a step below 0": lambda ckpt: ckpt.update(step=-1),
     "weights in float64": lambda ckpt: ckpt.update(ema={k: v.double() for k, v in ckpt["ema"].items()}),
     "a table that is none": change("process", beta=torch.zeros(3)),
+    "a table with a gradient": lambda ckpt: ckpt["process"]["beta"].requires_grad_(),
     "a schedule of another name": change("process", schedule="steep"),
 }
 
@@ -190,7 +192,7 @@ def test_a_format_that_is_no_number_is_refused(call, ckpt, tmp_path, edit):
 
 
 @pytest.mark.parametrize("values", [
-    dict(epochs=10**400), dict(batch_size=10**30), dict(data="\ud800x"), dict(data="/a/folder", size=None),
+    dict(epochs=10**18), dict(batch_size=2**31 + 1), dict(data="\ud800x"), dict(data="/a/folder", size=None),
 ], ids=["epochs", "batch", "no path", "no size"])  # fmt: skip
 def test_a_setting_that_no_flag_could_give_is_refused(call, ckpt, tmp_path, values):
     edited(ckpt, change("config", **values), tmp_path / "a.pt")

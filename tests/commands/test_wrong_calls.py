@@ -1,5 +1,6 @@
 """Wrong calls and failures: one line, an exit status, and nothing changed."""
 
+import os
 import shlex
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from running import stripes
 
 import evaluate
+import figures
 import sample
 import train
 from support import checkpoint
@@ -32,6 +34,7 @@ def test_help_explains_every_flag(call, module):
     (train, "--dropout 1", "--dropout: 1 is impossible"),
     (train, "--schedule quadratic", "invalid choice: 'quadratic'"),
     (train, "--device tpu", "--device tpu: not on this machine"),
+    (train, "--device hpu", "--device hpu: not on this machine"),
     (train, "--device cuda:99", "--device cuda:99: not on this machine"),
     (train, "--compile --precision bf16 --device cpu", "loses gradients of a compiled network in bf16"),
     (train, "--size 32", "--size: only a folder of images takes it"),
@@ -67,7 +70,7 @@ def test_a_wrong_call_is_one_line_and_status_2(call, ckpt, tmp_path, module, fla
 
 
 @pytest.mark.parametrize("module, flags, words", [
-    (train, "--data nowhere", "there is no such folder"),
+    (train, "--data nowhere", "error: --data nowhere: neither glyphs nor cifar10"),
     (train, "--data empty", "there are no images in it"),
     (train, "--out nowhere/ckpt.pt", "there is no folder nowhere"),
     (train, "--out empty", "is a folder"),
@@ -95,19 +98,39 @@ def test_a_wrong_call_is_one_line_and_status_2(call, ckpt, tmp_path, module, fla
     (sample, "--ckpt {ckpt} --out nowhere/a.png", "there is no folder nowhere"),
     (sample, "--ckpt {ckpt} --out full/", "the folder is not empty"),
     (sample, "--ckpt {ckpt} --out .", "the folder is not empty"),
-    (evaluate, "--ckpt {ckpt} --data nowhere", "there is no such folder"),
+    (sample, "--ckpt {ckpt} --out text.pt/", "--out text.pt/: is there, and no folder"),
+    (sample, "--ckpt {ckpt} --out pipe/", "--out pipe/: is there, and no folder"),
+    (sample, "--ckpt {ckpt} --out away.png", "away.png: there is no folder"),
+    (train, "--data loop.pt --out a.pt", "there is no such folder"),
+    (train, "--resume loop.pt", "loop.pt: no such file"),
+    (figures, "--only loss --log pipe --out a", "--log pipe: is not an ordinary file"),
+    (figures, "--only loss --log /dev/zero --out a", "--log /dev/zero: is not an ordinary file"),
+    (evaluate, "--ckpt {ckpt} --data nowhere", "error: --data nowhere: neither glyphs nor cifar10"),
     (evaluate, "--ckpt {ckpt} --data full", "a.png: is in no subfolder"),
 ])  # fmt: skip
-def test_a_failure_is_one_line_and_status_1(call, ckpt, tmp_path, module, flags, words):
-    whole = ckpt.read_bytes()
+def test_a_failure_is_one_line_and_status_1(call, ckpt, strange, monkeypatch, module, flags, words):
+    monkeypatch.chdir(strange)
+    before = sorted(strange.rglob("*"))
+    status, out, err = call(module, *flags.format(ckpt=ckpt).split())
+    assert status == 1 and out == "" and err.count("\n") == 1 and words in err, err
+    assert sorted(strange.rglob("*")) == before, "a file appeared or was lost"
+
+
+@pytest.fixture(scope="module")
+def strange(trained, tmp_path_factory):
+    """A folder of files and folders that cannot be what they are taken for."""
+    folder, whole = tmp_path_factory.mktemp("strange"), (trained[0] / "ckpt.pt").read_bytes()
     for name in ("empty", "full"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "full" / "a.png").touch()
-    (tmp_path / "half.pt").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "text.pt").write_text("hello")
-    (tmp_path / "pickle.pt").write_bytes(b"cos\nsystem\n(S'touch owned'\ntR.")
-    torch.save(torch.zeros(3), tmp_path / "tensor.pt")
-    saved = checkpoint.load(ckpt)
+        (folder / name).mkdir()
+    (folder / "full" / "a.png").touch()
+    (folder / "half.pt").write_bytes(whole[: len(whole) // 2])
+    (folder / "text.pt").write_text("hello")
+    (folder / "pickle.pt").write_bytes(b"cos\nsystem\n(S'touch owned'\ntR.")
+    torch.save(torch.zeros(3), folder / "tensor.pt")
+    (folder / "loop.pt").symlink_to("loop.pt")
+    (folder / "away.png").symlink_to("nowhere/a.png")
+    os.mkfifo(folder / "pipe")
+    saved = checkpoint.load(trained[0] / "ckpt.pt")
     bad = {k: v * float("nan") for k, v in saved["ema"].items()}
     for name, change in {
         "edited.pt": {"network": {**saved["network"], "ch": 16}}, "newer.pt": {"ddpm_format": 3},
@@ -115,11 +138,8 @@ def test_a_failure_is_one_line_and_status_1(call, ckpt, tmp_path, module, flags,
         "variance.pt": {"config": {**saved["config"], "variance": "learned"}},
         "classes.pt": {"classes": list(range(10))},
     }.items():  # fmt: skip
-        checkpoint.save(tmp_path / name, {**saved, **change})
+        checkpoint.save(folder / name, {**saved, **change})
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 1
-    (tmp_path / "flipped.pt").write_bytes(flipped)
-    before = sorted(tmp_path.rglob("*"))
-    status, out, err = call(module, *flags.format(ckpt=ckpt).split())
-    assert status == 1 and out == "" and err.count("\n") == 1 and words in err, err
-    assert sorted(tmp_path.rglob("*")) == before, "a file appeared or was lost"
+    (folder / "flipped.pt").write_bytes(flipped)
+    return folder
