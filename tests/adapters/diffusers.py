@@ -97,5 +97,4 @@ class UNet(UNet2DModel):
             down_block_types=down, up_block_types=[b.replace("Down", "Up") for b in down[::-1]])  # fmt: skip
 
     def forward(self, xt, t, y=None):
-        absent_if(y is not None, "labels")
-        return super().forward(xt, t - 1).sample
+        return super().forward(xt, t - 1, y).sample

@@ -26,8 +26,9 @@ class Diffusion:
         self.alpha_bar, self.beta_tilde = table(d.alphas_cumprod, 1.0), table(d.posterior_variance, np.nan)
 
     def theirs(self, sigma2=None, kind=library.GaussianDiffusion, **how):
+        """Its class has no default variance; that of its scripts is beta."""
         large, small = library.ModelVarType.FIXED_LARGE, library.ModelVarType.FIXED_SMALL
-        variance = small if sigma2 is None else kind_of(sigma2, self, large, small)
+        variance = large if sigma2 is None else kind_of(sigma2, self, large, small)
         return kind(betas=self.betas, model_mean_type=library.ModelMeanType.EPSILON,
                     model_var_type=variance, loss_type=library.LossType.MSE, **how)  # fmt: skip
 
