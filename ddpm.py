@@ -141,7 +141,7 @@ def sample_ancestral(model, d, xt, sigma2=None, clip=True, generator=None, on_st
     sigma2: table of the steps' variances, d.beta (the default) or d.beta_tilde (sec. 3.2).
     on_step(s, xs) is called after every step, s = T-1 .. 0."""
     sigma2 = d.beta if sigma2 is None else sigma2
-    require(sigma2.shape == d.beta.shape, "sigma2 must be a table [0..T], such as d.beta")
+    require(sigma2.shape == d.beta.shape and sigma2[1:].min() >= 0, "need sigma2[0..T], as d.beta")
     for t in range(d.T, 0, -1):
         mean = d.p_mean(xt, t, model(xt, same_t(t, xt)), clip)
         xt = mean + at(sigma2.sqrt(), t, xt) * noise_like(xt, generator) if t > 1 else mean
@@ -199,7 +199,7 @@ def bound_terms(model, d, x0, variances, clip=True, generator=None):
     (K, B, T + 1): L_0, which is the decoder (eq. 13), .., L_{T-1}, L_T. Their sum is the bound."""
     k = (x0 + 1) * 127.5
     require(((x0.abs() <= 1) & ((k - k.round()).abs() < 0.01)).all(), "x0 is off the 256 levels")
-    require(all(v.shape == d.beta.shape for v in variances), "need tables [0..T], such as [d.beta]")
+    require(all(v.shape == d.beta.shape and v[1:].min() >= 0 for v in variances), "no table [0..T]")
     terms = torch.empty(len(variances), len(x0), d.T + 1, dtype=torch.float64, device="cpu")
     for t in range(1, d.T + 1):
         xt = d.q_sample(x0, t, noise_like(x0, generator))

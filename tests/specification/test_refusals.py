@@ -101,6 +101,8 @@ REFUSED = {
     "sigma2 from step 1": lambda: ddpm.sample_ancestral(model, d(), images(2, 3), d().beta[1:]),
     "sigma2 of another T": lambda: ddpm.sample_ancestral(
         model, d(), images(2, 3), ddpm.linear_schedule(T + 3)),
+    "a sigma2 below 0": lambda: ddpm.sample_ancestral(model, d(), images(2, 3), -BETA),
+    "the bound of a sigma2 below 0": lambda: bound([BETA - 0.5]),
     "the bound of one bare table": lambda: bound(d().beta),
     "the bound of a table of another T": lambda: bound([ddpm.linear_schedule(T + 3)]),
     "eta = -0.1": lambda: ddim([2, 4], eta=-0.1), "eta = 1.1": lambda: ddim([2, 4], eta=1.1),
