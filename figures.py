@@ -67,6 +67,8 @@ def main(cfg, given):
     if cfg.only and reasons:
         raise UsageError("; ".join(f"--only {name}: needs {why}" for name, why in reasons.items()))
     out = pathlib.Path(cfg.out)
+    if os.path.lexists(out) and not out.is_dir():
+        raise Failure(f"--out {cfg.out}: is there, and no folder; name a new one")
     out.mkdir(exist_ok=True)
     takes_files(out / "new", cfg.out)
     for name in names:

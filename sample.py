@@ -65,6 +65,8 @@ def main(cfg, given):
     refuse_input(cfg.out, cfg.ckpt)
     ckpt, net, d = checkpoint.load_model(cfg.ckpt, cfg.weights, device)
     steps, eta, variance = sampler(cfg, ckpt, d.T)
+    if "grid" in given and steps == d.T:
+        raise UsageError(f"--grid {cfg.grid}: chooses some of the {d.T} steps; say how many with --steps")
     if cfg.guidance is not None and not ckpt["classes"]:
         raise UsageError(f"--guidance {cfg.guidance:g}: the network knows no classes (train.py --labels)")
     labels, rows = sampling.class_labels(ckpt["classes"], cfg.label, cfg.n)

@@ -136,6 +136,8 @@ def main(cfg, given):
     with checkpoint.refusing(cfg.resume or cfg.init):
         run = begin(cfg, saved, start, train_set, held_out, device)
         d = ddpm.Diffusion(run.about["process"]["beta"])
+    if saved:  # one that is done is refused before the trial
+        recipes.steps(cfg, run)
 
     # A trial step: the precision, the images at a time, and how long all of it will take.
     cost = budget.trial(run.net, run.about, cfg.batch_size // workers.place()[1], device, cfg.precision,

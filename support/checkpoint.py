@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import math
 import os
+import stat
 import warnings
 
 import torch
@@ -58,7 +59,10 @@ def load(path):
                       f"{FORMAT}; update the program")
     with refusing(path):
         if ckpt["ddpm_format"] == 1:
-            config = ckpt["config"]
+            # The first runs learned no variances, and had labels wherever their data did.
+            ckpt["network"] = {"out_channels": ckpt["network"]["in_channels"]} | ckpt["network"]
+            config = {"variance": "fixed", "labels": bool(ckpt["classes"])} | ckpt["config"]
+            ckpt["config"] = config
             ckpt["process"] = process(config["schedule"], config["timesteps"], config["variance"])
         check_contents(ckpt)
         check_weights(ckpt["network"], (ckpt["model"], ckpt["ema"]), os.path.getsize(path))
@@ -79,8 +83,12 @@ def holds_run(ckpt):
 
 def check_seal(path):
     """Raises Failure unless `path` is a file that ends with the seal of its own bytes."""
-    if not os.path.isfile(path):
-        problem = "is a folder" if os.path.isdir(path) else "no such file"
+    try:
+        kind = os.stat(path).st_mode
+    except FileNotFoundError:
+        kind = 0
+    if not stat.S_ISREG(kind):
+        problem = "is a folder" if stat.S_ISDIR(kind) else "is no ordinary file" if kind else "no such file"
         raise Failure(f"{path}: {problem}; train.py and convert.py write checkpoints (--out)")
     if not sealed(path):
         raise Failure(f"{path}: not a checkpoint of train.py, or not all of one; convert.py reads others' "

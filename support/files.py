@@ -30,10 +30,12 @@ def takes_files(path, typed):
     path, parent = pathlib.Path(os.path.realpath(path)), pathlib.Path(typed).parent
     if not path.parent.is_dir():  # where a link leads, perhaps
         raise Failure(f"{typed}: there is no folder {path.parent if parent.is_dir() else parent}")
-    partial = partial_name(path)
+    partial, folder = partial_name(path), path.parent.stat()
     try:
         with contextlib.suppress(FileNotFoundError):
-            os.lstat(path)  # a name that is too long is refused here
+            owner = os.lstat(path).st_uid  # a name that is too long is refused here
+            if folder.st_mode & stat.S_ISVTX and os.geteuid() not in (0, owner, folder.st_uid):
+                raise Failure(f"{typed}: belongs to another user, and its folder lets nobody else replace it")
         partial.touch(exist_ok=False)
         partial.unlink()
     except OSError as error:

@@ -67,9 +67,10 @@ def complete(cfg, device, shape=(3, 32, 32)):
         shape = (cfg.channels or shape[0], *(parse_size(cfg.size) if cfg.size else shape[1:]))
         cfg = replace(cfg, size=f"{shape[1]}x{shape[2]}", channels=shape[0])
     else:
-        for name in ("size", "channels"):
-            if getattr(cfg, name) is not None:
-                raise UsageError(f"--{name}: only a folder of images takes it; {cfg.data} has its own")
+        for name in ("size", "channels", "skip_broken"):
+            if getattr(cfg, name):
+                raise UsageError(f"{command.flag_name(name)}: only a folder of images takes it; {cfg.data} "
+                                 f"has its own")
     recipe, _ = recipe_for(cfg, shape, device)
     if cfg.init:  # trained weights, mostly of the paper's network: gentler steps
         recipe = dict(recipe, lr=(recipe if recipe is GLYPHS else PAPER)["lr"] / 10)

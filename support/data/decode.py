@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import errno
 import importlib
 import io
 import warnings
@@ -64,6 +65,8 @@ def decode(path, size, channels):
     except FileNotFoundError:
         return "cannot be read as an image (it is a link to nothing)"
     except OSError as error:
+        if error.errno == errno.ELOOP:
+            return "cannot be read as an image (it is a link to itself)"
         raise OSError(error.errno, error.strerror, str(path)) from None
     except MemoryError:
         raise Failure(f"{path}: the memory is too small to read it") from None

@@ -92,15 +92,17 @@ def test_a_folder_is_decoded_once_and_again_when_it_changes(album, tmp_path, mon
 
 def test_links_pipes_and_names_of_a_folder_are_taken_for_what_they_are(album, tmp_path, call):
     """A link back into the folder adds nothing, a pipe is no file, a newline stays inside one line; a
-    link to nothing is a broken file."""
+    link to nothing, or to itself, is a broken file."""
     count = len(folder.load(album, (8, 8), 3, tmp_path / "cache", False)[0])
     (album / "more" / "loop").symlink_to(album)
     os.mkfifo(album / "pipe.png")
     stripes(9, 9).save(album / "line\nbreak.png")
     assert len(folder.load(album, (8, 8), 3, tmp_path / "cache", False)[0]) == count + 1
-    (album / "a\nb.png").symlink_to("nothing")
-    status, _, err = call(train, "--data", album)
-    assert status == 1 and err.count("\n") == 1 and "a\\nb.png: cannot be read" in err
+    for target in ("nothing", "a\nb.png"):
+        (album / "a\nb.png").symlink_to(target)
+        status, _, err = call(train, "--data", album)
+        assert status == 1 and err.count("\n") == 1 and "a\\nb.png: cannot be read" in err, err
+        (album / "a\nb.png").unlink()
 
 
 def test_a_folder_that_changes_while_it_is_read_is_refused(album, tmp_path, monkeypatch):

@@ -225,6 +225,17 @@ def test_a_link_in_the_place_of_a_cache_is_replaced_and_not_followed(tmp_path):
     assert (tmp_path / "mine").read_text() == "precious" and (tmp_path / "cache").read_bytes() == b"new"
 
 
+def test_what_another_user_left_in_a_shared_folder_is_refused_before_the_work(tmp_path, monkeypatch):
+    """As in /tmp, where everybody may write, and nobody may replace what is another's."""
+    tmp_path.chmod(0o1777)
+    (tmp_path / "a.png").touch()
+    files.writable(str(tmp_path / "a.png"))
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    files.writable(str(tmp_path / "b.png"))
+    with pytest.raises(Failure, match="belongs to another user"):
+        files.writable(str(tmp_path / "a.png"))
+
+
 @pytest.mark.parametrize("letters, fits", [(246, True), (247, False), (260, False)])
 def test_a_name_that_is_too_long_is_refused_before_the_work(call, tmp_path, letters, fits):
     """A disk takes 255 letters. Those of the grids are tried too: ckpt.0001.png for ckpt.pt."""
