@@ -5,6 +5,9 @@
     python convert.py --ckpt ckpt.pt --out my-model/                 a checkpoint of train.py, for diffusers
 """
 
+import support.start  # noqa: F401, and first: see there
+
+# isort: split
 import os
 import pathlib
 import shlex

@@ -4,6 +4,9 @@
     python evaluate.py --ckpt ckpt.pt --data path/to/held-out/images
 """
 
+import support.start  # noqa: F401, and first: see there
+
+# isort: split
 from dataclasses import MISSING, dataclass
 
 import torch

@@ -15,6 +15,9 @@ Each figure is a function of a Scene; its docstring says what to look for. What 
 functions above it, which take a model and a diffusion as ddpm.py's do.
 """
 
+import support.start  # noqa: F401, and first: see there
+
+# isort: split
 import itertools
 import json
 import os

@@ -4,6 +4,9 @@
     python sample.py --ckpt ckpt.pt --out grid.png --label 3,8 --guidance 1.5 --steps 100
 """
 
+import support.start  # noqa: F401, and first: see there
+
+# isort: split
 import itertools
 from dataclasses import MISSING, dataclass
 

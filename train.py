@@ -11,6 +11,9 @@
 # The file reads from top to bottom: settings; the run, from the data to the network; and its loop, which
 # is Algorithm 1. What it shares with the other commands is in support/, a file for each duty.
 
+import support.start  # noqa: F401, and first: see there
+
+# isort: split
 import copy
 import math
 import os

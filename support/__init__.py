@@ -1,5 +1,6 @@
 """What the commands share. Each file has one duty; nobody has to open them to understand DDPM.
 
+    start                       loads torch, or says why it cannot be loaded
     command, errors             flags from a dataclass, and every expected error as one line
     files, progress             files that are whole or not there, and the line that shows how far it is
     devices, workers            where the computation runs, and the processes that share it

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from judge import close
-from running import ROOT, TINY, start
+from running import ROOT, TINY, run, start
 
 import evaluate
 import sample
@@ -154,6 +154,23 @@ def test_variables_that_a_cluster_left_are_no_torchrun(call, monkeypatch, variab
         monkeypatch.setenv(name, value)
     status, _, err = call(train, *SHORT)
     assert (status, words in err, "error" in err) == (2 if words else 0, True, bool(words)), err
+
+
+@pytest.mark.parametrize("numpy, words", [
+    ("raise ModuleNotFoundError(\"No module named 'numpy'\")", "No module named 'numpy'; the first command"),
+    ("raise ValueError('a variable\\nmore')", "torch cannot be loaded: a variable"),
+    ("import os; os.rmdir(os.getcwd()); os.getcwd()", "the folder in which it was started is gone"),
+    ("import os; os.kill(os.getpid(), 2)", ""),
+], ids=["missing", "refused by a variable", "no folder", "Ctrl-C"])  # fmt: skip
+def test_what_happens_while_torch_is_loaded_is_one_line_at_most(tmp_path, monkeypatch, numpy, words):
+    """Tried with a numpy that does it."""
+    for name in ("here", "path"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "path" / "numpy.py").write_text(numpy)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "path"))
+    status, out, err = run("sample.py", "--help", cwd=tmp_path / "here")
+    assert (status, out) == (1 if words else -signal.SIGINT, ""), err
+    assert err.startswith(f"sample.py: error: {words}") and err.count("\n") == 1 if words else not err, err
 
 
 def test_a_process_that_waits_for_the_others_can_be_ended(tmp_path, monkeypatch):
