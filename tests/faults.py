@@ -280,15 +280,19 @@ def half_way():
 
 
 def two_trainers(rng):
-    """Of different seeds, both write one file all the time; whoever reads it finds one of theirs, whole."""
+    """Of different seeds, both would write one file: one of them is refused, or comes after the other, whose
+    file it leaves; whoever reads meanwhile finds a whole one."""
     both = [start(train, *RUN, "--seed", seed) for seed in range(2)]
     reads, until = 0, time.monotonic() + 4
     while time.monotonic() < until:
         if os.path.exists("ckpt.pt"):
             checkpoint.load("ckpt.pt")
             reads += 1
-    assert all(wait(process).status == 0 for process in both) and reads
-    if checkpoint.load("ckpt.pt")["config"]["seed"] == 0:
+    ends = [wait(process) for process in both]
+    refused = [end for end in ends if end.status]
+    assert all(end.status == 1 and "another run is writing there" in end.err for end in refused), refused
+    assert reads and len(refused) + os.path.exists("ckpt.pt") + os.path.exists("ckpt.1.pt") == 2
+    if refused and checkpoint.load("ckpt.pt")["config"]["seed"] == 0:
         resumes_exactly()
 
 
@@ -749,7 +753,7 @@ FAULTS = [
      functools.partial(stopped, signal.SIGINT)),
     ("sampling interrupted", "one of six signals at a random line of code", 80, sampling_interrupted),
     ("full disk", "no file may grow beyond a random number of bytes", 40, full_disk),
-    ("two trainers, one file", "both started at once, the file read all the time", 5, two_trainers),
+    ("two trainers, one file", "both at once: one is refused; the file is read meanwhile", 5, two_trainers),
     ("numbers gone wrong", "nan or inf in loss, gradient or average; bf16, fp32", 60, not_a_number),
     ("a process dies", "SIGKILL to one of torchrun's two, then --resume with one", 2, one_process_dies),
     ("long runs", "3,000 steps, memory compared with that at 500", 1, memory_stays),
