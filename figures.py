@@ -65,6 +65,8 @@ def main(cfg, given):
     names = cfg.only.split(",") if cfg.only else list(FIGURES)
     if unknown := [name for name in names if name not in FIGURES]:
         raise UsageError(f"--only {unknown[0]}: no such figure; there are {', '.join(FIGURES)}")
+    if cfg.log and "loss" not in names:
+        raise UsageError("--log: the figure loss alone takes it, which --only leaves out")
     scene = Scene(cfg)
     reasons = {name: why for name in names if (why := lacking(name, scene))}
     if cfg.only and reasons:
@@ -111,6 +113,7 @@ class Scene:
         several = max(2, cfg.n or 16)
         if cfg.ckpt:
             self.ckpt, self.net, self.d = load_model(cfg.ckpt, "ema", self.device)
+            self.clip = self.ckpt["process"]["clip"]
             if not all(weight.isfinite().all() for weight in self.net.parameters()):
                 raise Failure(f"{cfg.ckpt}: its weights are not finite; its training diverged")
             (images, self.labels, _), _ = data.held_out(self.ckpt, cfg.data, cfg.data_dir, limit=several)
@@ -153,7 +156,7 @@ class Scene:
     def sample(self, n, tick, **how):
         """n images, as sample.py draws them, of labels spread over the classes: uint8 (n, H, W, C)."""
         return to_uint8(sampling.sample(self.net, self.d, self.ckpt["shape"], self.seeds(n), self.spread(n),
-                                        on_step=tick, **how))  # fmt: skip
+                                        clip=self.clip, on_step=tick, **how))  # fmt: skip
 
     @cached_property
     def bound(self):
@@ -161,7 +164,7 @@ class Scene:
         n, d = self.cfg.n or 16, self.d
         x0, y = self.x0[:n], None if self.labels is None else self.labels[:n]
         terms = improved.bound_terms if learned(self.ckpt) else ddpm.bound_terms
-        return bound_and_error(terms, self.network(d.T, y), d, x0, self.generators(len(x0)))
+        return bound_and_error(terms, self.network(d.T, y), d, x0, self.generators(len(x0)), self.clip)
 
 
 def ticker(calls):
@@ -299,7 +302,7 @@ def read_log(path):
 # --- 3. Sampling ---------------------------------------------------------------------------------
 
 
-def walk(model, d, xT, at, generator, steps=100):
+def walk(model, d, xT, at, generator, clip=True, steps=100):
     """From xT (B, ...) to x_0 by DDIM with eta = 1: {t: (x_t, the x0 that its eps implies, eq. 15)}.
 
     t in `at`, of which 0 is one: there x0 is x_0. Between them it takes about so many even steps.
@@ -311,7 +314,7 @@ def walk(model, d, xT, at, generator, steps=100):
         path[int(t[0])] = xt, d.x0_from_eps(xt, t.cpu(), eps).clamp(-1, 1)
         return eps
 
-    x0 = ddpm.sample_ddim(watched, d, xT, grid, eta=1.0, generator=generator)
+    x0 = ddpm.sample_ddim(watched, d, xT, grid, 1.0, clip, generator)
     return {t: path[t] if t else (x0, x0) for t in at}
 
 
@@ -324,7 +327,7 @@ def reverse(scene):
     """
     d, n, at = scene.d, scene.cfg.n or 3, times(scene.d.T)
     calls = len({*ddpm.ddim_grid(d.T, min(100, d.T)), *at} - {0})
-    path = walk(scene.model(calls), d, scene.noise(n), at, scene.generators(n))
+    path = walk(scene.model(calls), d, scene.noise(n), at, scene.generators(n), scene.clip)
     rows = []
     for i in range(n):
         rows.append([to_uint8(path[t][0])[i] for t in at])
@@ -332,9 +335,9 @@ def reverse(scene):
     return sheet(rows, [f"t = {t}" for t in at], ["x_t", "predicted x0"] * n)
 
 
-def decoded(model, d, xt, t, generator, steps=50):
+def decoded(model, d, xt, t, generator, clip=True, steps=50):
     """x_0 ~ p(x_0 | x_t) of xt (B, ...) at step t, by DDIM with eta = 1 and at most so many steps."""
-    return ddpm.sample_ddim(model, d, xt, ddpm.ddim_grid(t, min(t, steps)), eta=1.0, generator=generator)
+    return ddpm.sample_ddim(model, d, xt, ddpm.ddim_grid(t, min(t, steps)), 1.0, clip, generator)
 
 
 def shared(scene):
@@ -348,21 +351,21 @@ def shared(scene):
     model = scene.model(sum(min(t, 50) for t in at))
     for t in at:
         xt = d.q_sample(x0, t, scene.noise(1))
-        samples = decoded(model, d, xt.expand(n, -1, -1, -1), t, scene.generators(n))
+        samples = decoded(model, d, xt.expand(n, -1, -1, -1), t, scene.generators(n), scene.clip)
         rows.append(to_uint8(torch.cat([x0, xt, samples])))
     title = "Samples of one x_t: only the noise of the steps from t down to 0 differs"
     above = ["image", "x_t", *(f"sample {i + 1}" for i in range(n))]
     return sheet(rows, above, [f"t = {t}" for t in at], title)
 
 
-def interpolated(model, d, pair, t, shares, eps, generator):
+def interpolated(model, d, pair, t, shares, eps, generator, clip=True):
     """DDPM sec. 4.3: x_0 ~ p(x_0 | (1 - share) x_t + share x'_t) for each share: (len(shares), C, H, W).
 
     x_t and x'_t are q_samples of the two images of pair (2, C, H, W), with noise eps of that shape.
     """
     xt, other = d.q_sample(pair, t, eps).split(1)
     share = torch.tensor(shares, dtype=xt.dtype, device=xt.device).reshape(-1, 1, 1, 1)
-    return decoded(model, d, (1 - share) * xt + share * other, t, generator)
+    return decoded(model, d, (1 - share) * xt + share * other, t, generator, clip)
 
 
 def interpolation(scene):
@@ -379,7 +382,7 @@ def interpolation(scene):
     pair, model = scene.x0[[0, second]], scene.model(sum(min(t, 50) for t in at))
     for t in at:
         same = [torch.Generator().manual_seed(scene.cfg.seed) for _ in shares]  # only the share differs
-        mixtures = interpolated(model, d, pair, t, shares, scene.noise(2), same)
+        mixtures = interpolated(model, d, pair, t, shares, scene.noise(2), same, scene.clip)
         rows.append(to_uint8(torch.cat([pair[:1], mixtures, pair[1:]])))
     title = "Mixtures of two x_t: all columns share the noise, only the share of the other differs"
     above = ["one", *(f"{100 * share:g}%" for share in shares), "other"]
@@ -429,7 +432,7 @@ def guidance(scene):
 # --- 4. The bound --------------------------------------------------------------------------------
 
 
-def bound_and_error(bound_terms, model, d, x0, generator):
+def bound_and_error(bound_terms, model, d, x0, generator, clip=True):
     """bound_terms of x0 for both fixed variances (and those that model learned), (2 or 3, B, T + 1); and the
     mean square of x0 less the x0 that the model sees in x_1, .., x_T, (T,): both by the same draws of x_t.
     """
@@ -441,7 +444,7 @@ def bound_and_error(bound_terms, model, d, x0, generator):
         error[t[0] - 1] = (seen - x0).square().mean().cpu()
         return out
 
-    return bound_terms(watched, d, x0, [d.beta, d.beta_tilde], generator=generator), error
+    return bound_terms(watched, d, x0, [d.beta, d.beta_tilde], clip, generator), error
 
 
 def rate_and_distortion(terms, error):

@@ -15,6 +15,7 @@ import evaluate
 import figures
 import reference_numpy as ref
 import train
+from support import checkpoint
 from support.plots import COLOURS, FAINT, numbers, sheet
 
 LEVELS, WEIGHTS = np.array([-1.0, -0.2, 1.0]), np.array([0.5, 0.3, 0.2])  # of pixels: the best eps is known
@@ -183,6 +184,30 @@ def test_without_a_checkpoint_three_figures_are_drawn_and_the_others_are_named(c
     assert {path.stem for path in (tmp_path / "pictures").iterdir()} == drawn
     named = set(re.findall(r"^not drawn: (\w+), which needs --(?:ckpt|log)", out, re.MULTILINE))
     assert named == set(figures.FIGURES) - drawn
+
+
+@pytest.mark.parametrize("clip", [True, False])
+def test_all_figures_sample_as_the_network_came_clipped_or_not(call, ckpt, tmp_path, monkeypatch, clip):
+    """And so do its bounds."""
+    saved = checkpoint.load(ckpt)
+    checkpoint.save(tmp_path / "a.pt", dict(saved, process=dict(saved["process"], clip=clip)))
+    seen = {}
+
+    def noting(name):
+        function = getattr(ddpm, name)
+
+        def call(*args, **how):
+            given = inspect.signature(function).bind(*args, **how)
+            given.apply_defaults()
+            seen.setdefault(name, set()).add(given.arguments["clip"])
+            return function(*args, **how)
+        return call
+
+    for name in ("sample_ancestral", "sample_ddim", "bound_terms"):
+        monkeypatch.setattr(ddpm, name, noting(name))
+    only = "reverse,shared,interpolation,steps,guidance,rate"
+    assert call(figures, "--ckpt", "a.pt", "--n", 2, "--only", only, "--out", "f")[0] == 0
+    assert seen == {name: {clip} for name in ("sample_ancestral", "sample_ddim", "bound_terms")}
 
 
 def test_figures_are_drawn_without_docstrings(call, monkeypatch):

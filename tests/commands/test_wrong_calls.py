@@ -38,6 +38,7 @@ def test_help_explains_every_flag(call, module):
     (train, "--device cuda:99", "--device cuda:99: not on this machine"),
     (train, "--compile --precision bf16 --device cpu", "loses gradients of a compiled network in bf16"),
     (train, "--size 32", "--size: only a folder of images takes it"),
+    (figures, "--only embedding --log a.jsonl", "--log: the figure loss alone takes it"),
     (train, "--skip-broken", "--skip-broken: only a folder of images takes it"),
     (sample, "--ckpt {ckpt} --out a.png --grid quadratic", "--grid quadratic: chooses some of the 20 steps"),
     (train, "--data . --size 30x32", "multiples of 8; try 24x32 or 32x32"),
