@@ -10,7 +10,6 @@ import support.start  # noqa: F401, and first: see there
 # isort: split
 import os
 import pathlib
-import shlex
 from dataclasses import MISSING, dataclass
 
 from support import checkpoint, command, diffusers_format
@@ -87,7 +86,7 @@ def describe(cfg, held):
         + f"; {process['schedule']} schedule, T = {len(process['beta']) - 1}, "
           f"variance {process['variance']}, x0 {'' if process['clip'] else 'not '}clipped")
     if not cfg.out.endswith(("/", os.sep)):
-        say(f"now: python sample.py --ckpt {shlex.quote(cfg.out)} --out grid.png")
+        say(f"now: python sample.py --ckpt {command.typed(cfg.out)} --out grid.png")
     elif classes:
         say(f"now: UNet2DModel.from_pretrained({cfg.out!r}); DDPMPipeline hands on no labels")
     else:

@@ -17,7 +17,6 @@ import support.start  # noqa: F401, and first: see there
 import copy
 import math
 import os
-import shlex
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -156,7 +155,7 @@ def main(cfg, given):
             note(f"warning: {warning}")
         learn(cfg, run, d, train_set, held_out, monitor, device)
     if workers.is_first():
-        say(f"{cfg.out}: {steps} steps done; now: python sample.py --ckpt {shlex.quote(cfg.out)} "
+        say(f"{cfg.out}: {steps} steps done; now: python sample.py --ckpt {command.typed(cfg.out)} "
             f"--out grid.png")
     workers.end()
 
@@ -300,7 +299,7 @@ def stop(cfg, run, monitor):
     """Ends the run after a signal, with the exit status of that signal."""
     if workers.is_first():
         monitor.progress.close()
-        say(f"stopped at step {run.step} of {monitor.steps}; go on with --resume {shlex.quote(cfg.out)}")
+        say(f"stopped at step {run.step} of {monitor.steps}; go on with --resume {command.typed(cfg.out)}")
     workers.wait()  # torchrun ends all processes once one has ended: the first must have saved
     sys.exit(128 + monitor.stops[0])
 

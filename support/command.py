@@ -9,6 +9,7 @@ import difflib
 import math
 import os
 import pathlib
+import shlex
 import signal
 import sys
 import types
@@ -30,6 +31,11 @@ def flag(default, text, *, group=None, metavar=None, choices=None, low=None, hig
 
 def flag_name(name):
     return "--" + name.replace("_", "-")
+
+
+def typed(path):
+    """A path as a shell takes it after a flag."""
+    return shlex.quote(f"./{path}" if path.startswith("-") else path)
 
 
 class Parser(argparse.ArgumentParser):

@@ -1,6 +1,7 @@
 """What a run writes, and that no run destroys another's."""
 
 import pathlib
+import shlex
 
 import pytest
 from hypothesis import given
@@ -9,7 +10,7 @@ from running import TINY
 
 import sample
 import train
-from support import checkpoint, outputs
+from support import checkpoint, command, outputs
 
 NAMES = st.text("ab.0123-", min_size=1, max_size=12).map(lambda name: name.strip(".") or "a")
 
@@ -71,6 +72,14 @@ def test_a_run_that_is_refused_renames_nothing(call, tmp_path):
         status, _, err = call(train, *TINY, *flags)
         assert status in (1, 2) and err.count("\n") == 1 and "ckpt.1.pt" not in err, err
     assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pt"]
+
+
+@pytest.mark.parametrize("name", ["a b.pt", "--.pt", "it's.pt", "$HOME.pt"])
+def test_the_command_that_is_offered_next_can_be_typed(name):
+    """A shell and then argparse take it for the name."""
+    words = shlex.split(f"--ckpt {command.typed(name)} --out a.png")
+    taken = command.parse_flags(sample.Config, "", words)[0].ckpt
+    assert pathlib.Path(taken) == pathlib.Path(name)
 
 
 def test_the_first_command_can_be_typed_twice(call):

@@ -58,7 +58,7 @@ def test_there_are_two_commands_for_a_fresh_machine_and_they_set_up_all():
 
 
 @pytest.mark.parametrize("command", dict.fromkeys(COMMANDS))
-def test_every_command_of_the_pages_runs(command, call, tmp_path):
+def test_every_command_of_the_pages_runs(command, call, tmp_path, request):
     """As it stands, but shortened: fewer epochs, images and steps. Without a network, those that want
     CIFAR-10 are only parsed."""
     words = shlex.split(command.removeprefix(".venv/bin/").removeprefix("python "))
@@ -66,9 +66,8 @@ def test_every_command_of_the_pages_runs(command, call, tmp_path):
     if "cifar10" in command:
         flags = command_line.parse_flags(train.Config, "", words[words.index("train.py") + 1 :])[0]
         assert recipes.complete(flags, "cuda").lr == 2e-4
-    elif "--ddpm" in command:  # test_judging.py judges; here the flags are parsed and the tests collected
-        words[words.index("--ddpm") + 1] = str(ROOT / "ddpm.py")
-        run(shlex.join([*words, "--collect-only", "-q"]))
+    elif "--ddpm" in command:  # test_judging.py judges; here the flags are parsed
+        assert request.config._parser.parse(words[words.index("pytest") + 1 :]).ddpm.endswith("my_ddpm.py")
     elif script is None:
         assert command in ("python3 -m venv .venv", ".venv/bin/pip install -r requirements.txt")
         assert (ROOT / "requirements.txt").is_file()
