@@ -64,7 +64,7 @@ def at(table, t, x):
     1.7e-4. Only CUDA may run ahead of the copy: Apple GPUs read freed memory (pytorch #189690)."""
     t = torch.as_tensor(t, device="cpu").reshape(-1)
     ok = t.dtype == torch.int64 and len(t) in (1, len(x)) and 0 <= t.min() and t.max() < len(table)
-    require(ok and table[t].isfinite().all(), "need t, int or (B,) int64, 0..T; a step is from 1")
+    require(ok and table[t].isfinite().all(), "t: int or (B,) int64 in 0..T, for a step in 1..T")
     c = table[t].to(torch.promote_types(x.dtype, torch.float32))
     return c.to(x.device, non_blocking=x.is_cuda).reshape(-1, *[1] * (x.ndim - 1))
 
@@ -74,7 +74,7 @@ class Diffusion:
     def __init__(self, beta):
         beta = torch.as_tensor(beta, dtype=torch.float64, device="cpu").clone()
         require(beta.ndim == 1 and len(beta) > 1 and beta[0] == 0, "need beta[0..T], beta[0] = 0")
-        require(((beta < 1) & (1 - beta < 1))[1:].all(), "need each beta_1 .. beta_T inside (0, 1)")
+        require(((beta < 1) & (1 - beta < 1))[1:].all(), "need beta_t and 1 - beta_t in (0, 1)")
         self.T, self.beta, self.alpha = len(beta) - 1, beta, 1 - beta
         self.alpha_bar = self.alpha.cumprod(0)
         ab, ab_s = self.alpha_bar, self.alpha_bar.roll(1)  # at t and at s = t - 1
@@ -199,7 +199,7 @@ def bound_terms(model, d, x0, variances, clip=True, generator=None):
     (K, B, T + 1): L_0, which is the decoder (eq. 13), .., L_{T-1}, L_T. Their sum is the bound."""
     k = (x0 + 1) * 127.5
     require(((x0.abs() <= 1) & ((k - k.round()).abs() < 0.01)).all(), "x0 is off the 256 levels")
-    require(all(v.shape == d.beta.shape and v[1:].min() >= 0 for v in variances), "no table [0..T]")
+    require(all(v.shape == d.beta.shape and v[1:].min() >= 0 for v in variances), "need variances")
     terms = torch.empty(len(variances), len(x0), d.T + 1, dtype=torch.float64, device="cpu")
     for t in range(1, d.T + 1):
         xt = d.q_sample(x0, t, noise_like(x0, generator))

@@ -19,7 +19,7 @@ import math
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
@@ -114,6 +114,13 @@ class Config:
 
 
 def main(cfg, given):
+    if cfg.resume and "out" not in given:
+        cfg = replace(cfg, out=cfg.resume)
+    with outputs.claimed(cfg.out):
+        train(cfg, given)
+
+
+def train(cfg, given):
     # Settings: the command line's, completed by what suits data and device, or those of the run to resume.
     saved, start = (checkpoint.load(path) if path else None for path in (cfg.resume, cfg.init))
     with checkpoint.refusing(cfg.resume or cfg.init):
@@ -146,14 +153,14 @@ def main(cfg, given):
                         cfg.micro_batch)
     cfg = recipes.measured(cfg, run.about, cost, device.type)
     steps = recipes.steps(cfg, run)
+    outputs.make_way(cfg)
 
     # The loop, to the last step or to a signal.
-    with outputs.claimed(cfg):
-        monitor = Monitor(cfg, run.about["images"], run.step, steps, device)
-        monitor.describe(run, d, cost, recipes.reason(cfg, run.about, device.type))
-        for warning in () if saved else recipes.warnings(cfg, run.about, steps, d):
-            note(f"warning: {warning}")
-        learn(cfg, run, d, train_set, held_out, monitor, device)
+    monitor = Monitor(cfg, run.about["images"], run.step, steps, device)
+    monitor.describe(run, d, cost, recipes.reason(cfg, run.about, device.type))
+    for warning in () if saved else recipes.warnings(cfg, run.about, steps, d):
+        note(f"warning: {warning}")
+    learn(cfg, run, d, train_set, held_out, monitor, device)
     if workers.is_first():
         say(f"{cfg.out}: {steps} steps done; now: python sample.py --ckpt {command.typed(cfg.out)} "
             f"--out grid.png")

@@ -93,8 +93,8 @@ def check_seal(path):
     if not sealed(path):
         raise Failure(f"{path}: not a checkpoint of train.py, or not all of one; convert.py reads others' "
                       f"weights")
-    digest, left = hashlib.sha256(), os.path.getsize(path) - len(SEAL) - 32
     with open(path, "rb") as file:  # not mapped: a file that shrinks meanwhile would end the process
+        digest, left = hashlib.sha256(), os.fstat(file.fileno()).st_size - len(SEAL) - 32
         while left > 0 and (part := file.read(min(left, 2**20))):
             digest.update(part)
             left -= len(part)

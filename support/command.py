@@ -12,6 +12,7 @@ import pathlib
 import shlex
 import signal
 import sys
+import time
 import types
 import typing
 from dataclasses import MISSING, field, fields
@@ -129,7 +130,7 @@ def restored(config, values):
 def run(main, config, description):
     """main(flags, names of the flags given); an expected error becomes one line and an exit status."""
     open_streams()
-    on_ending_signals(interrupt)
+    on_ending_signals(interrupter())
     try:
         if os.name != "posix":
             raise Failure("runs on Linux and macOS only")
@@ -170,10 +171,18 @@ def on_ending_signals(handler):
             signal.signal(number, handler)
 
 
-def interrupt(number, frame):
-    """Ends a command as Ctrl-C does, so that it cleans up; no other signal interrupts that."""
-    on_ending_signals(signal.SIG_IGN)
-    raise KeyboardInterrupt(number)
+def interrupter():
+    """A handler that ends a command as Ctrl-C does, so that it cleans up. For five seconds more, no signal
+    interrupts that."""
+    ended = -math.inf
+
+    def interrupt(number, frame):
+        nonlocal ended
+        if time.monotonic() - ended > 5:
+            ended = time.monotonic()
+            raise KeyboardInterrupt(number)
+
+    return interrupt
 
 
 def explained(error):

@@ -70,7 +70,9 @@ def replacing(path, through_links=True):
         os.replace(partial, path)
     except BaseException as error:
         partial.unlink(missing_ok=True)
-        raise named(error, typed, partial) from None
+        if failure := named(error, typed, partial):
+            raise failure from None
+        raise
 
 
 @contextlib.contextmanager
@@ -79,23 +81,24 @@ def replacing_folder(typed):
     disk raises Failure."""
     path = pathlib.Path(os.path.realpath(typed))
     partial = partial_name(path)
-    partial.mkdir()
     try:
+        partial.mkdir()
         yield partial
         partial.replace(path)
     except OSError as error:
-        raise named(error, typed, partial) from None
+        if failure := named(error, typed, partial):
+            raise failure from None
+        raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def named(error, typed, partial):
-    """The error of a writer, which names the file as a person typed it where the system names none, or the
-    partial one."""
+    """A Failure that names a writer's file as a person typed it, where the system names none, or the partial
+    one; None for an error of another kind."""
     network = isinstance(error, (ConnectionError, TimeoutError))
-    if isinstance(error, OSError) and error.filename in (None, str(partial)) and not network:
+    if isinstance(error, OSError) and not network and str(error.filename or partial).startswith(str(partial)):
         return Failure(f"{typed}: {error.strerror or error}; nothing changed")
-    return error
 
 
 def partial_name(path):

@@ -154,7 +154,9 @@ class Monitor:
             with contextlib.suppress(OSError):  # not print, which the signal may have interrupted
                 os.write(2, f"\nstopping after this step{again}\n".encode())
         if number == signal.SIGINT and len(self.stops) > 1:
-            command.interrupt(number, frame)
+            interrupt = command.interrupter()
+            command.on_ending_signals(interrupt)
+            interrupt(number, frame)
 
 
 def end_last_line(path):

@@ -53,32 +53,40 @@ def refuse(cfg):
 
 
 @contextlib.contextmanager
-def claimed(cfg):
-    """Holds --out for this run: a second one at the same time is refused. What another run left there is
-    renamed. The claim is a lock on a hidden file, which the system lifts when the process ends."""
-    import fcntl  # here, since Windows has none
-
+def claimed(out):
+    """Holds --out for this run: a second one at the same time is refused. The claim is a lock on a hidden
+    file, which the system lifts when the process ends."""
     if not workers.is_first():
         yield
         return
-    path = pathlib.Path(os.path.realpath(cfg.out))
+    writable(out)
+    path = pathlib.Path(os.path.realpath(out))
     claim = path.with_name(f"{partial_stem(path)}running")
-    with open(claim, "a") as file:
+    with locked(claim, out):
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Failure(f"--out {cfg.out}: another run is writing there; name another file") from None
-        except OSError:  # a disk of a network that knows no locks
-            pass
-        try:
-            make_way(cfg)
             yield
         finally:
             claim.unlink(missing_ok=True)
 
 
+def locked(claim, out):
+    """The file `claim`, open and locked. Raises Failure if another process has locked it."""
+    import fcntl  # here, since Windows has none
+
+    file = open(claim, "a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise Failure(f"--out {out}: another run is writing there; name another file") from None
+    except OSError:  # a disk of a network that knows no locks
+        return file
+    return file if os.fstat(file.fileno()).st_nlink else locked(claim, out)  # its holder has just removed it
+
+
 def make_way(cfg):
     """Renames what another run left at --out."""
+    if not workers.is_first():
+        return
     own = cfg.resume and os.path.exists(cfg.out) and os.path.samefile(cfg.out, cfg.resume)
     if not own and (old := set_aside(cfg.out)):
         note(f"note: what another run left at {cfg.out}, with its grids, is now {old}")

@@ -69,8 +69,8 @@ def complete(cfg, device, shape=(3, 32, 32)):
     else:
         for name in ("size", "channels", "skip_broken"):
             if getattr(cfg, name):
-                raise UsageError(f"{command.flag_name(name)}: only a folder of images takes it; {cfg.data} "
-                                 f"has its own")
+                raise UsageError(f"{command.flag_name(name)}: only a folder of images takes it, and not "
+                                 f"{cfg.data}")
     recipe, _ = recipe_for(cfg, shape, device)
     if cfg.init:  # trained weights, mostly of the paper's network: gentler steps
         recipe = dict(recipe, lr=(recipe if recipe is GLYPHS else PAPER)["lr"] / 10)
@@ -166,13 +166,15 @@ def resumed(cfg, given, saved):
     fit(all(settings[name] is not None for name in ("epochs", *PAPER)))
     fit(not is_folder(settings["data"]) or (settings["size"] and settings["channels"]))
     # Where this run writes is said by its own command line: a file may come from a stranger.
-    own = dict(data_dir=cfg.data_dir, log=cfg.log, init=None, resume=cfg.resume,
-               out=cfg.out if "out" in given else cfg.resume)
+    own = dict(data_dir=cfg.data_dir, log=cfg.log, init=None, resume=cfg.resume, out=cfg.out)
     return type(cfg)(**(settings | {name: getattr(cfg, name) for name in given} | own))
 
 
+MOST_CLASSES = 25_000  # whose names still fit into weight_files.LARGEST_PICKLE
+
+
 def network(cfg, shape, classes, start=None):
-    """The arguments of ddpm.UNet for images `shape` (C, H, W) and so many classes.
+    """The arguments of ddpm.UNet for images `shape` (C, H, W) and so many classes (0 for none).
 
     Photos have the paper's network for 32x32 or for 256x256, or a shorter one of the latter in between; the
     weights of the checkpoint `start` keep theirs. Raises UsageError for a size or a width that its levels
@@ -191,6 +193,8 @@ def network(cfg, shape, classes, start=None):
     else:
         mult = (1, 2, 2, 2) if side <= 64 else (1, 1, 2, 2, 4, 4)[: 5 + (side > 128)]
     refuse_uneven(H, W, 2 ** (len(mult) - 1))
+    if classes > MOST_CLASSES:
+        raise UsageError(f"--labels: {classes:,} classes; a checkpoint names {MOST_CLASSES:,} at most")
     if cfg.width % 4:
         raise UsageError(f"--width {cfg.width}: must be a multiple of 4")
     sixteen = min(len(mult) - 1, max(0, math.ceil(math.log2(side / 16))))  # the level of 16x16

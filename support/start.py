@@ -16,15 +16,17 @@ def load():
     name = pathlib.Path(sys.argv[0]).name
     try:
         os.getcwd()  # without it, a library of torch's ends the process
-        for package in ("numpy", "PIL", "torch"):
-            importlib.import_module(package)
     except FileNotFoundError:
         sys.exit(f"{name}: error: the folder in which it was started is gone")
-    except ModuleNotFoundError as error:
-        sys.exit(f"{name}: error: {error}; the first command of README.md installs all, and .venv/bin/python "
-                 "has it")
-    except Exception as error:  # as of a variable such as TORCH_LOGS that torch cannot read
-        sys.exit(f"{name}: error: torch cannot be loaded: {str(error).strip().splitlines()[0]}")
+    for package in ("numpy", "PIL", "torch"):
+        try:
+            importlib.import_module(package)
+        except ModuleNotFoundError as error:
+            sys.exit(f"{name}: error: {error}; the first command of README.md installs it: then run "
+                     f".venv/bin/python {name}")
+        except Exception as error:  # as of a variable such as TORCH_LOGS that torch cannot read
+            why = " ".join(str(error).split())[:200] or type(error).__name__
+            sys.exit(f"{name}: error: {package} cannot be loaded: {why}")
 
 
 main = getattr(sys.modules["__main__"], "__file__", None)

@@ -22,7 +22,7 @@ def place():
     """(rank, world): the number of this process, from 0, and how many there are.
 
     An empty variable counts as none. Raises UsageError for half of torchrun's variables, as a cluster may
-    leave them.
+    leave them, and for numbers that no torchrun sets.
     """
     found = {name: os.environ.get(name) or None for name in TORCHRUN}
     if (found["WORLD_SIZE"] or "1") == "1":
@@ -80,8 +80,9 @@ def meet(device):
 @contextlib.contextmanager
 def ended_by_signals():
     """A context in which Ctrl-C and kill end the process at once: native code that waits hears no handler
-    of Python's. Nothing has been written by then."""
-    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
+    of Python's. Nothing has been done by then."""
+    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)
+                if signal.getsignal(number) != signal.SIG_IGN}
     try:
         yield
     finally:

@@ -41,6 +41,7 @@ EXPLAINED = {
     "noise_like: require(not alone or len(generator) == len(x), 'need one generator, or as many as images') "
     "-> pass": AS_WELL,
     "sample_ddim: 1 -> 2": AS_WELL,
+    "sample_ancestral: 0 -> -1": AS_WELL,
     "noise_like: alike(x) -> x": AS_WELL,
     "at: t.max() < len(table) -> t.max() <= len(table)": "the index of the next line refuses T + 1",
     "at: c.to(x.device, non_blocking=x.is_cuda) -> c.to(x.device)": SPEED,

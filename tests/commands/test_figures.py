@@ -196,12 +196,12 @@ def test_all_figures_sample_as_the_network_came_clipped_or_not(call, ckpt, tmp_p
     def noting(name):
         function = getattr(ddpm, name)
 
-        def call(*args, **how):
+        def noted(*args, **how):
             given = inspect.signature(function).bind(*args, **how)
             given.apply_defaults()
             seen.setdefault(name, set()).add(given.arguments["clip"])
             return function(*args, **how)
-        return call
+        return noted
 
     for name in ("sample_ancestral", "sample_ddim", "bound_terms"):
         monkeypatch.setattr(ddpm, name, noting(name))
