@@ -15,7 +15,8 @@ import evaluate
 import figures
 import sample
 import train
-from support import checkpoint
+from support import checkpoint, recipes, weight_files
+from support.errors import UsageError
 
 
 def change(part, **values):
@@ -112,6 +113,17 @@ def test_a_gigantic_network_is_refused_before_it_takes_memory(ckpt, tmp_path):
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=60,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
     assert done.returncode == 1 and done.stderr.endswith("a.pt: its contents do not fit together\n"), done
+
+
+def test_a_checkpoint_can_name_as_many_classes_as_a_run_may_have(tmp_path):
+    """By names of 40 letters; a run with more is refused when it starts."""
+    names = [f"{i:040d}" for i in range(recipes.MOST_CLASSES)]
+    torch.save({"classes": names}, tmp_path / "a.pt")
+    weight_files.check_archive(tmp_path / "a.pt")
+    shape, cfg = (3, 8, 8), train.Config(data="album", width=8, dropout=0.0)
+    assert recipes.network(cfg, shape, len(names))["num_classes"] == len(names)
+    with pytest.raises(UsageError, match="--labels: 25,001 classes"):
+        recipes.network(cfg, shape, len(names) + 1)
 
 
 def test_a_compressed_archive_is_not_unpacked(call, ckpt, tmp_path):
