@@ -51,11 +51,17 @@ def settled(cfg, given, saved=None, start=None):
     """The settings of a run, and its device: a new run, one to resume (`saved`), or one from other weights
     (`start`). What follows from a trial step is left to measured()."""
     cfg = resumed(cfg, given, saved) if saved else cfg
-    if cfg.micro_batch != "auto" and not re.fullmatch("[1-9][0-9]{0,9}", cfg.micro_batch):
-        raise UsageError(f"--micro-batch {cfg.micro_batch}: must be auto or a whole number, at least 1")
-    device = devices.pick_device(workers.own_device(cfg.device))
-    if cfg.compile:
-        cfg = replace(cfg, precision=devices.to_compile(cfg.precision, device))
+    try:
+        if cfg.micro_batch != "auto" and not re.fullmatch("[1-9][0-9]{0,9}", cfg.micro_batch):
+            raise UsageError(f"--micro-batch {cfg.micro_batch}: must be auto or a whole number, at least 1")
+        device = devices.pick_device(workers.own_device(cfg.device))
+        if cfg.compile:
+            cfg = replace(cfg, precision=devices.to_compile(cfg.precision, device))
+    except UsageError as error:
+        flag = re.match("[-a-z]*", str(error))[0]
+        if saved and flag not in map(command.flag_name, given):  # nobody typed it
+            raise UsageError(f"{error} ({cfg.resume} says so; {flag} changes it)") from None
+        raise
     if saved:
         return cfg, device
     return (started(cfg, given, start, device.type) if start else complete(cfg, device.type)), device

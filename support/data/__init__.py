@@ -81,6 +81,8 @@ def held_out(ckpt, name=None, data_dir="data", skip_broken=False, limit=None):
     name = name or own
     if not name:
         raise UsageError("--data: this checkpoint does not say what it was trained on; name images")
+    if skip_broken and not is_folder(name):
+        raise UsageError(f"--skip-broken: only a folder of images takes it, and not {name}")
     how = dict(data_dir=data_dir, size=(H, W), channels=C, labels=bool(ckpt["classes"]),
                skip_broken=skip_broken or ckpt.get("config", {}).get("skip_broken") is True)
     ours = is_folder(name) and trained_on(ckpt, name, how)

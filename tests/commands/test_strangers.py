@@ -212,6 +212,17 @@ def test_a_setting_that_no_flag_could_give_is_refused(call, ckpt, tmp_path, valu
     assert (status, err) == (1, "train.py: error: a.pt: its contents do not fit together\n")
 
 
+@pytest.mark.parametrize("setting", [dict(device="cuda:7"), dict(micro_batch="none")], ids=lambda s: min(s))
+def test_a_setting_that_nobody_typed_is_said_to_be_the_checkpoints(call, ckpt, tmp_path, setting):
+    """As of a run that is resumed on another machine; a flag that is typed takes its place."""
+    edited(ckpt, change("config", **setting), tmp_path / "a.pt")
+    [flag] = ("--" + name.replace("_", "-") for name in setting)
+    status, _, err = call(train, "--resume", "a.pt", "--epochs", 5)
+    assert status == 2 and err.endswith(f"(a.pt says so; {flag} changes it)\n"), err
+    value = {"--device": "cpu", "--micro-batch": 16}[flag]
+    assert call(train, "--resume", "a.pt", "--epochs", 5, flag, value)[0] == 0
+
+
 def test_what_a_checkpoint_says_is_shown_in_one_line_without_escapes(call, ckpt, tmp_path):
     """A terminal obeys escapes, and a second line could pass for the command's own."""
     edited(ckpt, change("config", data="/x\x1b[31m\nevaluate.py: forged"), tmp_path / "a.pt")

@@ -63,6 +63,7 @@ def test_help_explains_every_flag(call, module):
     (sample, "--ckpt {ckpt} --out a.png --n 2000000000", "it must be from 1 to 1000000"),
     (sample, "--ckpt {ckpt} --out a.png --eta 2", "--eta: 2 is impossible"),
     (sample, "--ckpt {ckpt} --out a.png --label Q", "--label Q: not a class of this checkpoint; its classes"),
+    (evaluate, "--ckpt {ckpt} --skip-broken", "only a folder of images takes it, and not glyphs"),
     (evaluate, "--ckpt {ckpt} --n 0", "--n: 0 is impossible"),
 ])  # fmt: skip
 def test_a_wrong_call_is_one_line_and_status_2(call, ckpt, tmp_path, module, flags, words):
