@@ -161,6 +161,7 @@ def test_what_is_in_range_is_not_refused():
     assert simple(t=(1, T)).isfinite() and hybrid(t=(1, T)).isfinite()
     assert all(ddim(grid, eta=eta).isfinite().all() for grid in ([1], [T], range(1, T + 1), np.array([2, 4]))
                for eta in (0, 1))  # fmt: skip
+    assert improved.strided(model, d(), np.array([2, 4]))[1].T == 2
     assert ask(y=torch.tensor([0, 3]), num_classes=3).isfinite().all()
     assert ask(ch=4).isfinite().all() and ask(attention=(0, 1)).isfinite().all()
     with torch.autocast("cpu", torch.bfloat16):
