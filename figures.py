@@ -35,7 +35,7 @@ from support import data, devices, outputs, sampling
 from support.checkpoint import learned, load_model
 from support.command import flag, run
 from support.errors import Failure, UsageError
-from support.files import refuse_input, replacing, takes_files
+from support.files import refuse_input, refuse_no_folder, replacing, takes_files
 from support.pictures import cell, to_uint8
 from support.plots import Axis, heat, joined, lines, sheet, span
 from support.progress import Progress, say
@@ -72,8 +72,7 @@ def main(cfg, given):
     if cfg.only and reasons:
         raise UsageError("; ".join(f"--only {name}: needs {why}" for name, why in reasons.items()))
     out = pathlib.Path(cfg.out)
-    if os.path.lexists(out) and not out.is_dir():
-        raise Failure(f"--out {cfg.out}: is there, and no folder; name a new one")
+    refuse_no_folder(out, cfg.out)
     out.mkdir(exist_ok=True)
     takes_files(out / "new", cfg.out)
     for name in names:

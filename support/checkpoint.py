@@ -16,7 +16,7 @@ import torch
 
 import ddpm
 from support.errors import Failure, out_of_memory
-from support.files import replacing
+from support.files import replacing, sha256
 from support.weight_files import PLAIN, check_archive
 
 FORMAT = 2  # a higher number is refused; format 1 had no process, which followed from its config
@@ -93,12 +93,9 @@ def check_seal(path):
     if not sealed(path):
         raise Failure(f"{path}: not a checkpoint of train.py, or not all of one; convert.py reads others' "
                       f"weights")
-    with open(path, "rb") as file:  # not mapped: a file that shrinks meanwhile would end the process
-        digest, left = hashlib.sha256(), os.fstat(file.fileno()).st_size - len(SEAL) - 32
-        while left > 0 and (part := file.read(min(left, 2**20))):
-            digest.update(part)
-            left -= len(part)
-        if file.read(len(SEAL) + 32)[len(SEAL) :] != digest.digest():
+    with open(path, "rb") as file:
+        digest = sha256(file, max(0, os.fstat(file.fileno()).st_size - len(SEAL) - 32))
+        if file.read(len(SEAL) + 32)[len(SEAL) :] != digest:
             raise Failure(f"{path}: damaged: its checksum does not match its contents")
 
 

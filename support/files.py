@@ -6,6 +6,7 @@ a signal therefore leaves the old file as it was. Everything that the commands w
 
 import contextlib
 import glob
+import hashlib
 import os
 import pathlib
 import secrets
@@ -42,6 +43,12 @@ def takes_files(path, typed):
         raise Failure(f"{typed}: cannot be written there: {error.strerror}") from None
 
 
+def refuse_no_folder(path, typed):
+    """Raises Failure if `path`, which is to be a folder, is there as something else."""
+    if os.path.lexists(path) and not os.path.isdir(path):
+        raise Failure(f"--out {typed}: is there, and no folder; name a new one")
+
+
 def refuse_input(out, *inputs):
     """Raises UsageError if `out` is one of the files that the command reads, by whatever path."""
     for path in filter(None, inputs):
@@ -61,17 +68,16 @@ def replacing(path, through_links=True):
     partial = partial_name(path)
     clear_old_partials(path)
     try:
-        with open(partial, "x+b") as file:
-            if path.is_file() and not path.is_symlink():
-                os.fchmod(file.fileno(), stat.S_IMODE(path.stat().st_mode))
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException as error:
+        with naming(typed, partial):
+            with open(partial, "x+b") as file:
+                if path.is_file() and not path.is_symlink():
+                    os.fchmod(file.fileno(), stat.S_IMODE(path.stat().st_mode))
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+    except BaseException:
         partial.unlink(missing_ok=True)
-        if failure := named(error, typed, partial):
-            raise failure from None
         raise
 
 
@@ -82,23 +88,36 @@ def replacing_folder(typed):
     path = pathlib.Path(os.path.realpath(typed))
     partial = partial_name(path)
     try:
-        partial.mkdir()
-        yield partial
-        partial.replace(path)
-    except OSError as error:
-        if failure := named(error, typed, partial):
-            raise failure from None
-        raise
+        with naming(typed, partial):
+            partial.mkdir()
+            yield partial
+            partial.replace(path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def named(error, typed, partial):
-    """A Failure that names a writer's file as a person typed it, where the system names none, or the partial
-    one; None for an error of another kind."""
-    network = isinstance(error, (ConnectionError, TimeoutError))
-    if isinstance(error, OSError) and not network and str(error.filename or partial).startswith(str(partial)):
-        return Failure(f"{typed}: {error.strerror or error}; nothing changed")
+@contextlib.contextmanager
+def naming(typed, partial):
+    """A writer's error names the file as a person typed it, where the system names none or the partial."""
+    try:
+        yield
+    except (ConnectionError, TimeoutError):  # of a network, not of the disk
+        raise
+    except OSError as error:
+        if str(error.filename or partial).startswith(str(partial)):
+            raise Failure(f"{typed}: {error.strerror or error}; nothing changed") from None
+        raise
+
+
+def sha256(file, length, after=lambda done: None):
+    """SHA-256 of the next `length` bytes of an open file, or of as many as there are. It is read, not mapped:
+    a mapped file that shrinks meanwhile would end the process. after(done) is called after each part."""
+    digest, done = hashlib.sha256(), 0
+    while chunk := file.read(min(length - done, 2**20)):
+        digest.update(chunk)
+        done += len(chunk)
+        after(done)
+    return digest.digest()
 
 
 def partial_name(path):

@@ -39,8 +39,8 @@ def grids(out):
 
 
 def refuse(cfg):
-    """Refuses an output of train.py that cannot be written, or that would damage something else."""
-    writable(cfg.out)
+    """Refuses what train.py would write beside --out, which is claimed, and cannot, and what would damage
+    something else."""
     writable(grid_name(cfg.out, 0))
     for name, path in (("--out", cfg.out), ("--log", cfg.log)):
         above = pathlib.Path(os.path.realpath(path)).parents if path else ()
@@ -85,10 +85,8 @@ def locked(claim, out):
 
 def make_way(cfg):
     """Renames what another run left at --out."""
-    if not workers.is_first():
-        return
     own = cfg.resume and os.path.exists(cfg.out) and os.path.samefile(cfg.out, cfg.resume)
-    if not own and (old := set_aside(cfg.out)):
+    if workers.is_first() and not own and (old := set_aside(cfg.out)):
         note(f"note: what another run left at {cfg.out}, with its grids, is now {old}")
 
 

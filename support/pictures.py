@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageOps
 
 from support.errors import Failure, UsageError
-from support.files import replacing, replacing_folder, takes_files, writable
+from support.files import refuse_no_folder, replacing, replacing_folder, takes_files, writable
 
 GAP = 2  # white pixels between the images of a grid
 SIDES = {".gif": 65_000, ".webp": 16_000}  # the longest side that the format takes
@@ -63,8 +63,7 @@ def kind_of(out):
     if out.endswith("/") or path.is_dir():
         if path.is_dir() and (any(path.iterdir()) or path.is_mount() or path == pathlib.Path.cwd()):
             raise Failure(f"--out {out}: the folder is not empty, or in use; name a new one")
-        if os.path.lexists(path) and not path.is_dir():
-            raise Failure(f"--out {out}: is there, and no folder; name a new one")
+        refuse_no_folder(path, out)
         takes_files(path, out)
         return "/"
     kind = path.suffix.lower()

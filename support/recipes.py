@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from support import command, devices, workers
 from support.checkpoint import SCHEDULES, fit, holds_run, learned
-from support.data import is_folder
+from support.data import is_folder, refuse_for_no_folder
 from support.data.folder import parse_size
 from support.errors import UsageError
 
@@ -73,10 +73,7 @@ def complete(cfg, device, shape=(3, 32, 32)):
         shape = (cfg.channels or shape[0], *(parse_size(cfg.size) if cfg.size else shape[1:]))
         cfg = replace(cfg, size=f"{shape[1]}x{shape[2]}", channels=shape[0])
     else:
-        for name in ("size", "channels", "skip_broken"):
-            if getattr(cfg, name):
-                raise UsageError(f"{command.flag_name(name)}: only a folder of images takes it, and not "
-                                 f"{cfg.data}")
+        refuse_for_no_folder(cfg.data, size=cfg.size, channels=cfg.channels, skip_broken=cfg.skip_broken)
     recipe, _ = recipe_for(cfg, shape, device)
     if cfg.init:  # trained weights, mostly of the paper's network: gentler steps
         recipe = dict(recipe, lr=(recipe if recipe is GLYPHS else PAPER)["lr"] / 10)

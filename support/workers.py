@@ -12,6 +12,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from support.command import interrupter, on_ending_signals
 from support.errors import UsageError
 
 NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
@@ -69,25 +70,16 @@ def own_device(name):
 
 
 def meet(device):
-    """Connects the processes: NCCL between GPUs, gloo elsewhere. Waits for all of them."""
+    """Connects the processes: NCCL between GPUs, gloo elsewhere. Waits for all of them; meanwhile a signal
+    ends the process at once, since native code hears no handler of Python's. Nothing is done by then."""
     if several():
         cuda = device.type == "cuda"
-        with ended_by_signals():
+        on_ending_signals(signal.SIG_DFL)
+        try:
             dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=6),
                                     device_id=device if cuda else None)
-
-
-@contextlib.contextmanager
-def ended_by_signals():
-    """A context in which Ctrl-C and kill end the process at once: native code that waits hears no handler
-    of Python's. Nothing has been done by then."""
-    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)
-                if signal.getsignal(number) != signal.SIG_IGN}
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        finally:
+            on_ending_signals(interrupter())
 
 
 def together(model):

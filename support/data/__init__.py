@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from support.command import flag_name
 from support.data import cifar10, folder, glyphs
 from support.errors import Failure, UsageError
 from support.progress import note
@@ -22,6 +23,13 @@ class Data(NamedTuple):
 def is_folder(name):
     """Whether --data names a folder of images, and not data that is built in or known."""
     return name not in ("glyphs", "cifar10")
+
+
+def refuse_for_no_folder(name, **given):
+    """Raises UsageError for the first of these flags that was given, if --data names no folder."""
+    for flag, value in given.items():
+        if value and not is_folder(name):
+            raise UsageError(f"{flag_name(flag)}: only a folder of images takes it, and not {name}")
 
 
 def load(name, part, data_dir="data", size=None, channels=None, skip_broken=False, labels=False, limit=None):
@@ -81,8 +89,7 @@ def held_out(ckpt, name=None, data_dir="data", skip_broken=False, limit=None):
     name = name or own
     if not name:
         raise UsageError("--data: this checkpoint does not say what it was trained on; name images")
-    if skip_broken and not is_folder(name):
-        raise UsageError(f"--skip-broken: only a folder of images takes it, and not {name}")
+    refuse_for_no_folder(name, skip_broken=skip_broken)
     how = dict(data_dir=data_dir, size=(H, W), channels=C, labels=bool(ckpt["classes"]),
                skip_broken=skip_broken or ckpt.get("config", {}).get("skip_broken") is True)
     ours = is_folder(name) and trained_on(ckpt, name, how)

@@ -13,7 +13,7 @@ import numpy as np
 from support import workers
 from support.data.decode import decode_all
 from support.errors import Failure, UsageError
-from support.files import replacing
+from support.files import replacing, sha256
 from support.progress import Progress
 
 CHECKSUM = 32  # bytes, at the end of a cache
@@ -106,17 +106,13 @@ def cached(cache, pixels, count):
 
 def checksum(file, length=None):
     """SHA-256 of what follows in a file: of `length` bytes, or of all. It is left behind them."""
-    digest, done = hashlib.sha256(), 0
     length = os.fstat(file.fileno()).st_size - file.tell() if length is None else length
-    progress = Progress("checking the cache", length, "bytes") if workers.is_first() else None
-    while chunk := file.read(min(length - done, 1 << 20)):
-        digest.update(chunk)
-        done += len(chunk)
-        if progress:
-            progress(done)
-    if progress:
-        progress.close()
-    return digest.digest()
+    if not workers.is_first():
+        return sha256(file, length)
+    progress = Progress("checking the cache", length, "bytes")
+    digest = sha256(file, length, progress)
+    progress.close()
+    return digest
 
 
 def labels_of(folder, files):

@@ -16,6 +16,7 @@ import figures
 import sample
 import train
 from support import checkpoint, recipes, weight_files
+from support.command import flag_name
 from support.errors import UsageError
 
 
@@ -216,7 +217,7 @@ def test_a_setting_that_no_flag_could_give_is_refused(call, ckpt, tmp_path, valu
 def test_a_setting_that_nobody_typed_is_said_to_be_the_checkpoints(call, ckpt, tmp_path, setting):
     """As of a run that is resumed on another machine; a flag that is typed takes its place."""
     edited(ckpt, change("config", **setting), tmp_path / "a.pt")
-    [flag] = ("--" + name.replace("_", "-") for name in setting)
+    [flag] = map(flag_name, setting)
     status, _, err = call(train, "--resume", "a.pt", "--epochs", 5)
     assert status == 2 and err.endswith(f"(a.pt says so; {flag} changes it)\n"), err
     value = {"--device": "cpu", "--micro-batch": 16}[flag]
