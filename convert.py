@@ -1,8 +1,8 @@
 """Published weights in, ours out: checkpoints, folders in diffusers' layout, the authors' weights.
 
-    python convert.py --ckpt ddpm-cifar10-32 --out cifar10-32.pt     a folder, as diffusers writes it
-    python convert.py --ckpt model-790000.ckpt --out cifar10-32.pt   the authors' weights, in PyTorch
-    python convert.py --ckpt ckpt.pt --out my-model/                 a checkpoint of train.py, for diffusers
+python convert.py --ckpt ddpm-cifar10-32 --out cifar10-32.pt     a folder, as diffusers writes it
+python convert.py --ckpt model-790000.ckpt --out cifar10-32.pt   the authors' weights, in PyTorch
+python convert.py --ckpt ckpt.pt --out my-model/                 a checkpoint of train.py, for diffusers
 """
 
 import support.start  # noqa: F401, and first: see there
@@ -21,15 +21,29 @@ from support.progress import note, say
 
 @dataclass(frozen=True)
 class Config:
-    ckpt: str = flag(MISSING, "what to convert: a folder in diffusers' layout, the authors' weights in their "
-                     "PyTorch port, or a checkpoint of train.py", group="input and output", metavar="PATH")
-    out: str = flag(MISSING, "what to write: X.pt for a checkpoint; X/ for a folder that diffusers loads",
-                    metavar="PATH")
-    weights: str = flag("ema", "weights to take from a checkpoint: their moving average, or the last ones",
-                        choices=("ema", "raw"))
-    classes: str | None = flag(None, "names of the classes of a folder's network, with commas: one for each "
-                               "row of its class_embedding but the last, which must mean no label",
-                               metavar="NAMES")
+    ckpt: str = flag(
+        MISSING,
+        "what to convert: a folder in diffusers' layout, the authors' weights in their "
+        "PyTorch port, or a checkpoint of train.py",
+        group="input and output",
+        metavar="PATH",
+    )
+    out: str = flag(
+        MISSING,
+        "what to write: X.pt for a checkpoint; X/ for a folder that diffusers loads",
+        metavar="PATH",
+    )
+    weights: str = flag(
+        "ema",
+        "weights to take from a checkpoint: their moving average, or the last ones",
+        choices=("ema", "raw"),
+    )
+    classes: str | None = flag(
+        None,
+        "names of the classes of a folder's network, with commas: one for each "
+        "row of its class_embedding but the last, which must mean no label",
+        metavar="NAMES",
+    )
 
 
 def main(cfg, given):
@@ -66,8 +80,10 @@ def read(cfg):
     if os.path.isdir(cfg.ckpt):
         return diffusers_format.read_folder(cfg.ckpt, names)
     if not os.path.isfile(cfg.ckpt):
-        raise Failure(f"{cfg.ckpt}: no such file or folder; nothing is downloaded here, and "
-                      f"docs/weights-and-fid.md says how to fetch published weights")
+        raise Failure(
+            f"{cfg.ckpt}: no such file or folder; nothing is downloaded here, and "
+            f"docs/weights-and-fid.md says how to fetch published weights"
+        )
     if names:
         raise UsageError("--classes: only a folder in diffusers' layout takes it")
     if not checkpoint.sealed(cfg.ckpt):
@@ -81,10 +97,12 @@ def describe(cfg, held):
     (C, H, W), process, classes = held["shape"], held["process"], held["classes"]
     if held.get("assumed"):
         note("note: no scheduler_config.json came with it: the process is the paper's")
-    say(f"{cfg.out}: {sum(w.numel() for w in held['weights'].values()):,} parameters, images {H}x{W}x{C}"
+    say(
+        f"{cfg.out}: {sum(w.numel() for w in held['weights'].values()):,} parameters, images {H}x{W}x{C}"
         + (f", {len(classes)} classes" if classes else "")
         + f"; {process['schedule']} schedule, T = {len(process['beta']) - 1}, "
-          f"variance {process['variance']}, x0 {'' if process['clip'] else 'not '}clipped")
+        f"variance {process['variance']}, x0 {'' if process['clip'] else 'not '}clipped"
+    )
     if not cfg.out.endswith(("/", os.sep)):
         say(f"now: python sample.py --ckpt {command.typed(cfg.out)} --out grid.png")
     elif classes:

@@ -1,7 +1,7 @@
 """From a checkpoint to bits/dim on held-out images: the bound of eq. 5, split into its terms.
 
-    python evaluate.py --ckpt ckpt.pt --n 100            held-out digits, or CIFAR-10's test images
-    python evaluate.py --ckpt ckpt.pt --data path/to/held-out/images
+python evaluate.py --ckpt ckpt.pt --n 100            held-out digits, or CIFAR-10's test images
+python evaluate.py --ckpt ckpt.pt --data path/to/held-out/images
 """
 
 import support.start  # noqa: F401, and first: see there
@@ -21,20 +21,35 @@ from support.progress import Progress
 
 @dataclass(frozen=True)
 class Config:
-    ckpt: str = flag(MISSING, "checkpoint that train.py or convert.py wrote; it carries its configuration",
-                     group="input", metavar="PATH")
-    weights: str = flag("ema", "weights to use: their moving average, or the last", choices=("ema", "raw"))
-    data: str | None = flag(None, "images to evaluate: glyphs, cifar10, or a folder (default: those held out "
-                            "from the network's own data)", metavar="DATA")
-    data_dir: str = flag("data", "folder of CIFAR-10 and of the caches of image folders", metavar="DIR")
+    ckpt: str = flag(
+        MISSING,
+        "checkpoint that train.py or convert.py wrote; it carries its configuration",
+        group="input",
+        metavar="PATH",
+    )
+    weights: str = flag(
+        "ema", "weights to use: their moving average, or the last", choices=("ema", "raw")
+    )
+    data: str | None = flag(
+        None,
+        "images to evaluate: glyphs, cifar10, or a folder (default: those held out "
+        "from the network's own data)",
+        metavar="DATA",
+    )
+    data_dir: str = flag(
+        "data", "folder of CIFAR-10 and of the caches of image folders", metavar="DIR"
+    )
     skip_broken: bool = flag(False, "leave out the files of a folder that are no images")
     n: int | None = flag(None, "number of images, a seeded choice (default: all)", low=1)
     seed: int = flag(0, "image i is noised from seed + i, at any batch size", low=0, high=2**31)
 
     batch_size: int = flag(256, "number of images evaluated at a time", low=1, group="machine")
     device: str = flag("auto", "device to compute on: auto, cpu, cuda, cuda:1, mps, ...")
-    precision: str = flag("fp32", "precision of the network; bf16 rounds the bound, and is faster where the "
-                                  "hardware has it", choices=("fp32", "bf16"))
+    precision: str = flag(
+        "fp32",
+        "precision of the network; bf16 rounds the bound, and is faster where the hardware has it",
+        choices=("fp32", "bf16"),
+    )
 
 
 def main(cfg, given):
@@ -68,7 +83,9 @@ def bound(cfg, net, d, images, labels, ckpt, device):
             progress(first * d.T + len(xt) * int(t[0]), f"image {first + len(xt)} of {N}")
             return net(xt, t, y)
 
-        rows.append(bound_terms(model, d, x0, [d.beta, d.beta_tilde], ckpt["process"]["clip"], generators))
+        rows.append(
+            bound_terms(model, d, x0, [d.beta, d.beta_tilde], ckpt["process"]["clip"], generators)
+        )
     progress.close()
     return torch.cat(rows, dim=1)
 
@@ -88,7 +105,10 @@ def report(terms, title):
     print(f"{'':32}" + "".join(f"{head:>22}" for head in heads))
     for name, values in parts.items():
         n = values.shape[1]
-        cells = (f"{row.mean():.5f}" + (f" ± {row.std() / n**0.5:.5f}" if n > 1 else "") for row in values)
+        cells = (
+            f"{row.mean():.5f}" + (f" ± {row.std() / n**0.5:.5f}" if n > 1 else "")
+            for row in values
+        )
         print(f"{name:32}" + "".join(f"{cell:>22}" for cell in cells))
 
 

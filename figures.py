@@ -43,22 +43,47 @@ from support.progress import Progress, say
 
 @dataclass(frozen=True)
 class Config:
-    ckpt: str | None = flag(None, "checkpoint that train.py wrote (default: draw what needs no network)",
-                            group="input", metavar="PATH")
-    log: str | None = flag(None, "log that train.py --log wrote, for the figure loss", metavar="PATH")
-    data: str | None = flag(None, "images to show: glyphs, cifar10, or a folder (default: those held out "
-                            "from the network's own data)", metavar="DATA")
-    data_dir: str = flag("data", "folder of CIFAR-10 and of the caches of image folders", metavar="DIR")
+    ckpt: str | None = flag(
+        None,
+        "checkpoint that train.py wrote (default: draw what needs no network)",
+        group="input",
+        metavar="PATH",
+    )
+    log: str | None = flag(
+        None, "log that train.py --log wrote, for the figure loss", metavar="PATH"
+    )
+    data: str | None = flag(
+        None,
+        "images to show: glyphs, cifar10, or a folder (default: those held out "
+        "from the network's own data)",
+        metavar="DATA",
+    )
+    data_dir: str = flag(
+        "data", "folder of CIFAR-10 and of the caches of image folders", metavar="DIR"
+    )
 
-    out: str = flag("figures", "folder for the pictures, NAME.png each; made if missing", group="output",
-                    metavar="DIR")
-    only: str | None = flag(None, "figures to draw, such as reverse,shared (default: all that can be drawn)",
-                            metavar="NAMES")
-    n: int | None = flag(None, "number of images: those that a figure of samples shows (default: 3 to 10, as "
-                         "suits it), and over which rate and terms average (default: 16)", low=1)
+    out: str = flag(
+        "figures",
+        "folder for the pictures, NAME.png each; made if missing",
+        group="output",
+        metavar="DIR",
+    )
+    only: str | None = flag(
+        None,
+        "figures to draw, such as reverse,shared (default: all that can be drawn)",
+        metavar="NAMES",
+    )
+    n: int | None = flag(
+        None,
+        "number of images: those that a figure of samples shows (default: 3 to 10, as "
+        "suits it), and over which rate and terms average (default: 16)",
+        low=1,
+    )
     seed: int = flag(0, "image i is drawn and noised from seed + i", low=0, high=2**31)
 
-    device: str = flag("auto", "device to compute on: auto, cpu, cuda, cuda:1, mps, ...", group="machine")
+    device: str = flag(
+        "auto", "device to compute on: auto, cpu, cuda, cuda:1, mps, ...", group="machine"
+    )
 
 
 def main(cfg, given):
@@ -115,7 +140,9 @@ class Scene:
             self.clip = self.ckpt["process"]["clip"]
             if not all(weight.isfinite().all() for weight in self.net.parameters()):
                 raise Failure(f"{cfg.ckpt}: its weights are not finite; its training diverged")
-            (images, self.labels, _), _ = data.held_out(self.ckpt, cfg.data, cfg.data_dir, limit=several)
+            (images, self.labels, _), _ = data.held_out(
+                self.ckpt, cfg.data, cfg.data_dir, limit=several
+            )
         else:
             images, self.labels, _ = data.load(cfg.data or "glyphs", "all", cfg.data_dir, (64, 64), 3,
                                                limit=several)  # fmt: skip
@@ -163,7 +190,9 @@ class Scene:
         n, d = self.cfg.n or 16, self.d
         x0, y = self.x0[:n], None if self.labels is None else self.labels[:n]
         terms = improved.bound_terms if learned(self.ckpt) else ddpm.bound_terms
-        return bound_and_error(terms, self.network(d.T, y), d, x0, self.generators(len(x0)), self.clip)
+        return bound_and_error(
+            terms, self.network(d.T, y), d, x0, self.generators(len(x0)), self.clip
+        )
 
 
 def ticker(calls):
@@ -242,7 +271,9 @@ def embedding(scene):
     e = ddpm.timestep_embedding(t - 1, 128)
     channel = Axis("channel: 0 to 63 sines, 64 to 127 cosines", 0, 128)
     left = heat(channel, y, e, "Embedding of t", (400, 390))
-    right = heat(Axis("step t'", 0, 1000), y, similarity(e), "Similarity of t and t'", (400, 390), low=0)
+    right = heat(
+        Axis("step t'", 0, 1000), y, similarity(e), "Similarity of t and t'", (400, 390), low=0
+    )
     return joined([left, right])
 
 
@@ -260,8 +291,12 @@ def epochs(scene):
     for path in grids.values():
         grid = np.asarray(Image.open(path).convert("RGB"))
         places = itertools.product(range(2, grid.shape[1] - 2, wide), range(2, len(grid) - 2, tall))
-        rows.append([grid[top : top + tall - 2, left : left + wide - 2] for left, top in places][:10])
-    asked = [classes[y] for y in sampling.class_labels(classes)[0][: len(rows[0])]] if classes else []
+        rows.append(
+            [grid[top : top + tall - 2, left : left + wide - 2] for left, top in places][:10]
+        )
+    asked = (
+        [classes[y] for y in sampling.class_labels(classes)[0][: len(rows[0])]] if classes else []
+    )
     return sheet(rows, asked, [f"epoch {epoch}" for epoch in grids], scale=1)
 
 
@@ -273,7 +308,9 @@ def loss(scene):
     """
     curves = {}
     for name, key in (("training", "loss"), ("held out", "held_out")):
-        if points := [(line["epoch"], line[key]) for line in scene.log if line.get(key) is not None]:
+        if points := [
+            (line["epoch"], line[key]) for line in scene.log if line.get(key) is not None
+        ]:
             curves[name] = np.array(points).T
     x = Axis("epochs", 0, max(epoch.max() for epoch, _ in curves.values()))
     y = span("mean squared error of eps", [value for _, value in curves.values()], log=True)
@@ -380,7 +417,9 @@ def interpolation(scene):
     second = next((i for i, y in enumerate(labels) if y != labels[0]), len(scene.x0) - 1)
     pair, model = scene.x0[[0, second]], scene.model(sum(min(t, 50) for t in at))
     for t in at:
-        same = [torch.Generator().manual_seed(scene.cfg.seed) for _ in shares]  # only the share differs
+        same = [
+            torch.Generator().manual_seed(scene.cfg.seed) for _ in shares
+        ]  # only the share differs
         mixtures = interpolated(model, d, pair, t, shares, scene.noise(2), same, scene.clip)
         rows.append(to_uint8(torch.cat([pair[:1], mixtures, pair[1:]])))
     title = "Mixtures of two x_t: all columns share the noise, only the share of the other differs"
@@ -409,7 +448,9 @@ def tiled(images, columns=2):
     """uint8 (N, H, W, C) as one, enlarged to 48 pixels or more each, with white lines between them."""
     scale = max(1, 48 // max(images.shape[1:3]))
     images = images.repeat(scale, axis=1).repeat(scale, axis=2)
-    images = np.pad(images, [(0, -len(images) % columns), (0, 2), (0, 2), (0, 0)], constant_values=255)
+    images = np.pad(
+        images, [(0, -len(images) % columns), (0, 2), (0, 2), (0, 0)], constant_values=255
+    )
     rows = images.reshape(-1, columns, *images.shape[1:])
     return np.concatenate([np.concatenate(list(row), axis=1) for row in rows])
 
@@ -424,8 +465,11 @@ def guidance(scene):
     n = min(scene.cfg.n or 10, len(classes))
     tick = ticker(k * len(strengths))
     rows = [scene.sample(n, tick, steps=k, eta=1.0, guidance=w) for w in strengths]
-    return sheet(rows, [classes[y] for y in scene.spread(n)],
-                 [f"w = {w}{' (no class)' * (w == -1)}" for w in strengths])
+    return sheet(
+        rows,
+        [classes[y] for y in scene.spread(n)],
+        [f"w = {w}{' (no class)' * (w == -1)}" for w in strengths],
+    )
 
 
 # --- 4. The bound --------------------------------------------------------------------------------

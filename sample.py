@@ -1,7 +1,7 @@
 """From a checkpoint to pictures: a grid, a film of the reverse process, an array, or a folder of PNGs.
 
-    python sample.py --ckpt ckpt.pt --out grid.png
-    python sample.py --ckpt ckpt.pt --out grid.png --label 3,8 --guidance 1.5 --steps 100
+python sample.py --ckpt ckpt.pt --out grid.png
+python sample.py --ckpt ckpt.pt --out grid.png --label 3,8 --guidance 1.5 --steps 100
 """
 
 import support.start  # noqa: F401, and first: see there
@@ -20,43 +20,79 @@ from support.files import refuse_input
 from support.progress import Progress, note, say
 
 FRAMES = 24  # of a film, about
-SHORT = 50_000  # steps of training, before which a network is wrong about colours (docs/training.md)
+SHORT = (
+    50_000  # steps of training, before which a network is wrong about colours (docs/training.md)
+)
 
 
 @dataclass(frozen=True)
 class Config:
-    ckpt: str = flag(MISSING, "checkpoint that train.py or convert.py wrote; it carries its configuration",
-                     group="input and output", metavar="PATH")
-    out: str = flag(MISSING, "X.png: a grid; X.gif or X.webp: a film of the reverse process; X.npz: images "
-                    "as uint8 (N, H, W, 3) in arr_0, and their labels in arr_1; X/: a folder of PNGs",
-                    metavar="PATH")
-    weights: str = flag("ema", "weights to use: their moving average, or the last", choices=("ema", "raw"))
+    ckpt: str = flag(
+        MISSING,
+        "checkpoint that train.py or convert.py wrote; it carries its configuration",
+        group="input and output",
+        metavar="PATH",
+    )
+    out: str = flag(
+        MISSING,
+        "X.png: a grid; X.gif or X.webp: a film of the reverse process; X.npz: images "
+        "as uint8 (N, H, W, 3) in arr_0, and their labels in arr_1; X/: a folder of PNGs",
+        metavar="PATH",
+    )
+    weights: str = flag(
+        "ema", "weights to use: their moving average, or the last", choices=("ema", "raw")
+    )
 
-    n: int | None = flag(None, "number of images (default: 64, or up to 8 of each class)", low=1, high=10**6,
-                         group="images")
-    label: str | None = flag(None, "classes to draw, by name, such as 7 or cat,dog (default: all); a grid "
-                             "has one a row", metavar="CLASS")
+    n: int | None = flag(
+        None,
+        "number of images (default: 64, or up to 8 of each class)",
+        low=1,
+        high=10**6,
+        group="images",
+    )
+    label: str | None = flag(
+        None,
+        "classes to draw, by name, such as 7 or cat,dog (default: all); a grid has one a row",
+        metavar="CLASS",
+    )
     guidance: float | None = flag(
-        None, "w of classifier-free guidance, eps = (1 + w) eps(x, y) - w eps(x): 0, the default, is the "
-        "class alone, and -1 no class; other libraries call 1 + w the scale", low=-1, high=100)
+        None,
+        "w of classifier-free guidance, eps = (1 + w) eps(x, y) - w eps(x): 0, the default, is the "
+        "class alone, and -1 no class; other libraries call 1 + w the scale",
+        low=-1,
+        high=100,
+    )
     seed: int = flag(0, "image i is drawn from seed + i, at any batch size", low=0, high=2**31)
 
     steps: int | None = flag(
-        None, "number of steps, chosen from T by --grid; all of them, the default, is ancestral sampling; "
-        "fewer is DDIM, or ancestral sampling if --variance is given or learned", low=1, group="sampler")
-    grid: str = flag("even", "which steps to choose: quadratic has more of them near t = 1",
-                     choices=tuple(sampling.GRIDS))
-    eta: float | None = flag(None, "noise of DDIM, from 0 (its default) to 1; if given, DDIM is used",
-                             low=0, high=1)
+        None,
+        "number of steps, chosen from T by --grid; all of them, the default, is ancestral sampling; "
+        "fewer is DDIM, or ancestral sampling if --variance is given or learned",
+        low=1,
+        group="sampler",
+    )
+    grid: str = flag(
+        "even",
+        "which steps to choose: quadratic has more of them near t = 1",
+        choices=tuple(sampling.GRIDS),
+    )
+    eta: float | None = flag(
+        None, "noise of DDIM, from 0 (its default) to 1; if given, DDIM is used", low=0, high=1
+    )
     variance: str | None = flag(
-        None, "variance of the steps of ancestral sampling (default: learned, if the network has learned it; "
-        "otherwise beta, or what came with converted weights)", choices=("beta", "beta_tilde", "learned"))
+        None,
+        "variance of the steps of ancestral sampling (default: learned, if the network has learned it; "
+        "otherwise beta, or what came with converted weights)",
+        choices=("beta", "beta_tilde", "learned"),
+    )
 
     batch_size: int = flag(256, "number of images drawn at a time", low=1, group="machine")
     device: str = flag("auto", "device to compute on: auto, cpu, cuda, cuda:1, mps, ...")
-    precision: str = flag("auto", "precision of the network; auto is that of its training, where the "
-                          "hardware has it",
-                          choices=("auto", "fp32", "bf16"))
+    precision: str = flag(
+        "auto",
+        "precision of the network; auto is that of its training, where the hardware has it",
+        choices=("auto", "fp32", "bf16"),
+    )
     compile: bool = flag(False, "compile the network: slow to start, faster on a GPU")
 
 
@@ -69,13 +105,19 @@ def main(cfg, given):
     ckpt, net, d = checkpoint.load_model(cfg.ckpt, cfg.weights, device)
     steps, eta, variance = sampler(cfg, ckpt, d.T)
     if "grid" in given and steps == d.T:
-        raise UsageError(f"--grid {cfg.grid}: chooses some of the {d.T} steps; say how many with --steps")
+        raise UsageError(
+            f"--grid {cfg.grid}: chooses some of the {d.T} steps; say how many with --steps"
+        )
     if cfg.guidance is not None and not ckpt["classes"]:
-        raise UsageError(f"--guidance {cfg.guidance:g}: the network knows no classes (train.py --labels)")
+        raise UsageError(
+            f"--guidance {cfg.guidance:g}: the network knows no classes (train.py --labels)"
+        )
     labels, rows = sampling.class_labels(ckpt["classes"], cfg.label, cfg.n)
     pictures.refuse_too_large(kind, ckpt["shape"], len(labels), rows)
     if eta == 0 and cfg.eta is None and ckpt["shape"][0] == 3 and 0 < ckpt["step"] < SHORT:
-        note("note: eta 0 makes the colours of so short a training too strong; --eta 1 corrects them")
+        note(
+            "note: eta 0 makes the colours of so short a training too strong; --eta 1 corrects them"
+        )
 
     # The images, a batch at a time, and what a film shows of them on the way. Only the network computes in
     # bf16: x_t stays float32 from step to step.
@@ -83,13 +125,18 @@ def main(cfg, given):
     devices.use_precision(bf16)
     net = torch.compile(net) if cfg.compile else net
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        images, film = draw(cfg, net, d, ckpt, labels, steps, eta, variance, filming=kind in pictures.SIDES)
+        images, film = draw(
+            cfg, net, d, ckpt, labels, steps, eta, variance, filming=kind in pictures.SIDES
+        )
 
     # The file, and one line that says how it was drawn.
     pictures.write(cfg.out, kind, images, labels if ckpt["classes"] else None, rows, film)
     equals = "is" if variance == "learned" else "="
-    how = (f"ancestral, {steps} steps, sigma^2 {equals} {variance}" if eta is None
-           else f"DDIM, {steps} steps, eta {eta:g}")
+    how = (
+        f"ancestral, {steps} steps, sigma^2 {equals} {variance}"
+        if eta is None
+        else f"DDIM, {steps} steps, eta {eta:g}"
+    )
     how += f", w = {cfg.guidance:g}" if cfg.guidance else ""
     _, H, W = ckpt["shape"]
     say(f"{cfg.out}: {len(images)} images of {H}x{W}, {how}, {checkpoint.title(ckpt, cfg.weights)}")
@@ -101,14 +148,22 @@ def sampler(cfg, ckpt, T):
     if steps > T:
         raise UsageError(f"--steps {steps}: the checkpoint has T = {T} steps; ask for 1 to {T}")
     if cfg.variance and cfg.eta is not None:
-        raise UsageError("--eta: belongs to DDIM, and --variance to ancestral sampling; give one of them")
+        raise UsageError(
+            "--eta: belongs to DDIM, and --variance to ancestral sampling; give one of them"
+        )
     learned = checkpoint.learned(ckpt)
     if cfg.variance == "learned" and not learned:
-        raise UsageError("--variance learned: this network has learned none (train.py --variance learned)")
+        raise UsageError(
+            "--variance learned: this network has learned none (train.py --variance learned)"
+        )
     # Fewer steps are DDIM by default: with them, fixed variances leave noise in the image. Learned ones adapt
     # to the steps (iDDPM sec. 4).
     implicit = cfg.eta is not None or (steps < T and not cfg.variance and not learned)
-    return steps, (cfg.eta or 0.0) if implicit else None, cfg.variance or ckpt["process"]["variance"]
+    return (
+        steps,
+        (cfg.eta or 0.0) if implicit else None,
+        cfg.variance or ckpt["process"]["variance"],
+    )
 
 
 def draw(cfg, net, d, ckpt, labels, steps, eta, variance, filming):
@@ -129,8 +184,20 @@ def draw(cfg, net, d, ckpt, labels, steps, eta, variance, filming):
 
         # A generator for each image, and not one for the batch: a seed gives one image at any batch size.
         seeds = range(cfg.seed + first, cfg.seed + first + len(y))
-        x0 = sampling.sample(net, d, ckpt["shape"], seeds, y if ckpt["classes"] else None, steps, eta,
-                             variance, cfg.guidance or 0.0, ckpt["process"]["clip"], cfg.grid, on_step)
+        x0 = sampling.sample(
+            net,
+            d,
+            ckpt["shape"],
+            seeds,
+            y if ckpt["classes"] else None,
+            steps,
+            eta,
+            variance,
+            cfg.guidance or 0.0,
+            ckpt["process"]["clip"],
+            cfg.grid,
+            on_step,
+        )
         if not x0.isfinite().all():
             raise Failure(f"{cfg.ckpt}: the network's output is not finite; its training diverged")
         images.append(pictures.to_uint8(x0))

@@ -41,20 +41,32 @@ def nearest(images, others):
 def main(given):
     ckpt = checkpoint.load(given.ckpt)
     config, (C, H, W) = ckpt["config"], ckpt["shape"]
-    how = dict(data_dir=given.data_dir, size=parse_size(f"{H}x{W}"), channels=C,
-               skip_broken=config["skip_broken"], limit=config["limit"])
+    how = dict(
+        data_dir=given.data_dir,
+        size=parse_size(f"{H}x{W}"),
+        channels=C,
+        skip_broken=config["skip_broken"],
+        limit=config["limit"],
+    )
     training = data.load(given.data or config["data"], "training", **how).images
     apart = data.load(given.data or config["data"], "held out", **how).images
     print("colour  nearest training image (of 255: median, smallest)")
-    for name, images in (("held-out images", apart), *((path, samples(path)) for path in given.paths)):
+    for name, images in (
+        ("held-out images", apart),
+        *((path, samples(path)) for path in given.paths),
+    ):
         if len(images):
             far, which = nearest(images, training)
-            print(f"{colour(images):6.3f}  {far.median():5.1f} {far.min():5.1f}  {len(images):,} {name}")
+            print(
+                f"{colour(images):6.3f}  {far.median():5.1f} {far.min():5.1f}  {len(images):,} {name}"
+            )
     if given.out:
         pairs = torch.cat([images[:16], training[which[:16]]])
         rows = pairs.reshape(2, -1, C, H, W).permute(0, 3, 1, 4, 2).reshape(2 * H, -1, C)
         picture = Image.fromarray(rows.numpy() if C == 3 else rows.numpy()[:, :, 0])
-        picture.resize((picture.width * 3, picture.height * 3), Image.Resampling.NEAREST).save(given.out)
+        picture.resize((picture.width * 3, picture.height * 3), Image.Resampling.NEAREST).save(
+            given.out
+        )
 
 
 def samples(path):
@@ -63,8 +75,9 @@ def samples(path):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("paths", nargs="+", metavar="samples.npz")
     parser.add_argument("--ckpt", required=True, metavar="PATH")
     parser.add_argument("--data", metavar="DATA", help="where its images lie now")

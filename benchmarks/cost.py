@@ -37,7 +37,9 @@ SWEEPS = {
 def setting(device, batch, width, size):
     """Images on the device, and the arguments of the network that train.py would make for them."""
     device = torch.device(device)
-    cfg = recipes.complete(train.Config(data="folder", size=str(size), channels=3, width=width), device.type)
+    cfg = recipes.complete(
+        train.Config(data="folder", size=str(size), channels=3, width=width), device.type
+    )
     network = recipes.network(cfg, (3, size, size), 0)
     return torch.rand(batch, 3, size, size, device=device), network
 
@@ -73,12 +75,16 @@ def sweep(name, device, base, limit):
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
-            print(f"{at['batch']:6} {at['width']:6} {at['size']:5} is out of memory, and {name} beyond it")
+            print(
+                f"{at['batch']:6} {at['width']:6} {at['size']:5} is out of memory, and {name} beyond it"
+            )
             break
         print(f"{at['batch']:6} {at['width']:6} {at['size']:5} {seconds:10.3f} "
               f"{at['batch'] / seconds:10.1f} {memory / 1e9:8.2f} GB", flush=True)  # fmt: skip
         if seconds > limit:
-            print(f"        beyond it, {name} is left out: a step would take longer than {limit:g} s")
+            print(
+                f"        beyond it, {name} is left out: a step would take longer than {limit:g} s"
+            )
             break
 
 
@@ -106,7 +112,9 @@ def folder_cost(N):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--seconds", type=float, default=10)
     given = parser.parse_args()
@@ -114,7 +122,9 @@ def main():
     cuda = device.type == "cuda"
     base = dict(batch=128, width=128, size=32) if cuda else dict(batch=16, width=32, size=32)
     name = torch.cuda.get_device_name(device) if cuda else f"{torch.get_num_threads()} CPU threads"
-    print(f"{name}, torch {torch.__version__}, precision and images at a time as train.py's trial chooses")
+    print(
+        f"{name}, torch {torch.__version__}, precision and images at a time as train.py's trial chooses"
+    )
     print(f"{'batch':>6} {'width':>6} {'size':>5} {'s/step':>10} {'images/s':>10} {'memory':>11}")
     for what in SWEEPS:
         sweep(what, device, base, given.seconds)

@@ -36,7 +36,9 @@ def losses(folder, name, flags):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--data", default="glyphs")
     parser.add_argument("--data-dir", default="data")
@@ -60,7 +62,12 @@ def main():
             if curve:
                 first = first or curve
                 off = max(abs(a / b - 1) for a, b in zip(curve, first, strict=True))
-                print(f"{name:22}", *(f"{x:.4f}" for x in curve), f"  at most {off:.2%} off", flush=True)
+                print(
+                    f"{name:22}",
+                    *(f"{x:.4f}" for x in curve),
+                    f"  at most {off:.2%} off",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

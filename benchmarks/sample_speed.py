@@ -61,7 +61,9 @@ def denoising_diffusion_pytorch(x):
     from denoising_diffusion_pytorch import GaussianDiffusion, Unet
 
     net = Unet(128, dim_mults=(1, 2, 2, 2))
-    diffusion = GaussianDiffusion(net, image_size=32, objective="pred_noise", sampling_timesteps=STEPS)
+    diffusion = GaussianDiffusion(
+        net, image_size=32, objective="pred_noise", sampling_timesteps=STEPS
+    )
     diffusion = diffusion.to(x.device).eval()
 
     def step():

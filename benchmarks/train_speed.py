@@ -62,7 +62,9 @@ def diffusers(x, best, bf16, compiled):
         net = net.to(memory_format=torch.channels_last)
         x = x.contiguous(memory_format=torch.channels_last)
     model = torch.compile(net) if best and compiled else net
-    optimizer = torch.optim.AdamW(net.parameters(), 1e-4, (0.95, 0.999), 1e-8, 1e-6, fused=best or None)
+    optimizer = torch.optim.AdamW(
+        net.parameters(), 1e-4, (0.95, 0.999), 1e-8, 1e-6, fused=best or None
+    )
     schedule, ema = DDPMScheduler(1000), EMAModel(net.parameters(), decay=0.9999, foreach=best)
 
     def step():
@@ -95,7 +97,9 @@ def denoising_diffusion_pytorch(x):
     from ema_pytorch import EMA
 
     net = Unet(128, dim_mults=(1, 2, 2, 2))
-    diffusion = GaussianDiffusion(net, image_size=32, objective="pred_noise", beta_schedule="linear")
+    diffusion = GaussianDiffusion(
+        net, image_size=32, objective="pred_noise", beta_schedule="linear"
+    )
     diffusion = diffusion.to(x.device)
     optimizer = torch.optim.Adam(diffusion.parameters(), 1e-4, (0.9, 0.99))
     ema = EMA(diffusion, beta=0.995, update_every=10)
@@ -168,20 +172,30 @@ def table(title, found, B, rounds, device, compiled):
     print(title)
     seconds, peaks = take_turns({name: step for name, (_, step) in found.items()}, rounds, device)
     rates = {dtype: matmul_rate(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
-    print("  ".join(f"{str(dtype)[6:]} matmul {rate / 1e12:.2f} TFLOP/s" for dtype, rate in rates.items()))
-    print(f"{'':30} {'parameters':>11} {'images/s':>9} {'ours is':>9} {'GFLOP/image':>12} {'of matmul':>10} "
-          f"{'memory':>8}")
+    print(
+        "  ".join(
+            f"{str(dtype)[6:]} matmul {rate / 1e12:.2f} TFLOP/s" for dtype, rate in rates.items()
+        )
+    )
+    print(
+        f"{'':30} {'parameters':>11} {'images/s':>9} {'ours is':>9} {'GFLOP/image':>12} {'of matmul':>10} "
+        f"{'memory':>8}"
+    )
     first = next(iter(seconds.values()))
     for name, s in seconds.items():
         net, step = found[name]
         work = operations(step, compiled)
         peak = f"{peaks[name] / 1e9:6.1f}GB" if peaks[name] else "-"
-        print(f"{name:30} {sum(p.numel() for p in net.parameters()):11,} {B / s:9.2f} {s / first:8.2f}x "
-              f"{work / B / 1e9:12.1f} {work / s / max(rates.values()):10.1%} {peak:>8}")
+        print(
+            f"{name:30} {sum(p.numel() for p in net.parameters()):11,} {B / s:9.2f} {s / first:8.2f}x "
+            f"{work / B / 1e9:12.1f} {work / s / max(rates.values()):10.1%} {peak:>8}"
+        )
 
 
 def flags(description, batch):
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--batch-size", type=int, help="default: 128 on a GPU, 8 elsewhere")
     parser.add_argument("--rounds", type=int, default=5)
@@ -193,10 +207,15 @@ def flags(description, batch):
 
 
 def title(device, B, bf16, compiled):
-    name = (torch.cuda.get_device_name(device) if device.type == "cuda"
-            else f"{torch.get_num_threads()} CPU threads")
-    return (f"{name}, torch {torch.__version__}, batch {B}, {'bf16' if bf16 else 'float32'}"
-            f"{', compiled' if compiled else ''}")
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{torch.get_num_threads()} CPU threads"
+    )
+    return (
+        f"{name}, torch {torch.__version__}, batch {B}, {'bf16' if bf16 else 'float32'}"
+        f"{', compiled' if compiled else ''}"
+    )
 
 
 def main():

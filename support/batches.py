@@ -29,10 +29,14 @@ def draw(step, data, d, device, batch_size, seed, flip=False):
     B, N, cuda = batch_size, len(data.images), device.type == "cuda"
     mine = slice(rank * B // world, (rank + 1) * B // world)
     i, y = places(step, B, N, seed), None
-    x0 = data.images[i[mine].to(data.images.device, non_blocking=cuda)].to(device, non_blocking=cuda)
+    x0 = data.images[i[mine].to(data.images.device, non_blocking=cuda)].to(
+        device, non_blocking=cuda
+    )
     x0 = x0.float() / 127.5 - 1
     if data.labels is not None:
-        y = improved.drop_labels(data.labels[i], len(data.classes))[mine].to(device, non_blocking=cuda)
+        y = improved.drop_labels(data.labels[i], len(data.classes))[mine].to(
+            device, non_blocking=cuda
+        )
     if flip:
         mirror = (torch.rand(B) < 0.5)[mine].to(device, non_blocking=cuda)
         x0 = torch.where(mirror[:, None, None, None], x0.flip(3), x0)
@@ -46,7 +50,9 @@ def draw(step, data, d, device, batch_size, seed, flip=False):
 def fixed(data, T, count, device, at_a_time):
     """x0, labels or None, t and eps, as draw() gives them, a few at a time: `count` draws, the same ones at
     each call, of the images in turn and of evenly spaced t."""
-    order = torch.from_numpy(np.random.default_rng(0).permutation(count))  # so that no class has its own t
+    order = torch.from_numpy(
+        np.random.default_rng(0).permutation(count)
+    )  # so that no class has its own t
     for first in range(0, count, at_a_time):
         k = torch.arange(first, min(count, first + at_a_time))
         i, t = k % len(data.images), 1 + (2 * order[k] + 1) * T // (2 * count)

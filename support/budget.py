@@ -36,9 +36,15 @@ class Cost(NamedTuple):
     def __str__(self):
         name, other = ("bf16", "fp32") if self.bf16 else ("fp32", "bf16")
         than = f" (about {short(self.other)} in {other})" if self.other else ""
-        of = f"of the {gigabytes(self.free)} that are free" if self.free else "(what is free cannot be read)"
-        return (f"about {short(self.seconds)} seconds in {name}{than}, {self.images} images at a time, about "
-                f"{gigabytes(self.memory)} {of}")
+        of = (
+            f"of the {gigabytes(self.free)} that are free"
+            if self.free
+            else "(what is free cannot be read)"
+        )
+        return (
+            f"about {short(self.seconds)} seconds in {name}{than}, {self.images} images at a time, about "
+            f"{gigabytes(self.memory)} {of}"
+        )
 
 
 # --- Memory --------------------------------------------------------------------------------------
@@ -95,14 +101,20 @@ def container():
         if not new and "memory" not in kinds.split(","):
             continue
         root = pathlib.Path("/sys/fs/cgroup" if new else "/sys/fs/cgroup/memory")
-        most, used = (("memory.max", "memory.current") if new
-                      else ("memory.limit_in_bytes", "memory.usage_in_bytes"))
+        most, used = (
+            ("memory.max", "memory.current")
+            if new
+            else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        )
         own = root / name.strip("/")
         for folder in (own, *own.parents):
             limit, now = ("".join(lines(folder / file)) for file in (most, used))
             if limit.isdecimal() and now.isdecimal():  # "max" is none
-                files = [int(line.split()[1]) for line in lines(folder / "memory.stat")
-                         if line.startswith(("inactive_file ", "total_inactive_file "))]
+                files = [
+                    int(line.split()[1])
+                    for line in lines(folder / "memory.stat")
+                    if line.startswith(("inactive_file ", "total_inactive_file "))
+                ]
                 yield int(limit) - int(now) + max(files, default=0)  # caches of files make room
             if folder == root:
                 break
@@ -144,8 +156,10 @@ def trial(net, about, batch, device, precision="auto", at_a_time="auto"):
     most = fitting(about, own, each, batch, known)
     n = 1 if at_a_time == "auto" else min(int(at_a_time), batch)
     if own + n * each > known:
-        raise Failure(f"--micro-batch {at_a_time}: more than the {gigabytes(known)} of memory that are free; "
-                      f"{most} or auto would do")
+        raise Failure(
+            f"--micro-batch {at_a_time}: more than the {gigabytes(known)} of memory that are free; "
+            f"{most} or auto would do"
+        )
 
     def measured(bf16, n):
         """The seconds an image, n at a time."""
@@ -157,8 +171,10 @@ def trial(net, about, batch, device, precision="auto", at_a_time="auto"):
     first, able = precision == "bf16", devices.has_bf16(device)
     while at_a_time == "auto" and 2 * n <= most and n * measured(first, n) < 0.2:
         n *= 2
-    both = [measured(False, n) if precision in ("auto", "fp32") else 0.0,
-            measured(True, n) if precision == "bf16" or (precision == "auto" and able) else 0.0]
+    both = [
+        measured(False, n) if precision in ("auto", "fp32") else 0.0,
+        measured(True, n) if precision == "bf16" or (precision == "auto" and able) else 0.0,
+    ]
     fp32, half = workers.total(torch.tensor(both, device=device)).cpu().tolist()
     bf16 = precision == "bf16" or 0 < half < CLEAR * fp32
 
@@ -192,12 +208,16 @@ def fitting(about, own, each, batch, free):
     each are those of memory(). Raises Failure if one image, or the batch itself, does not fit."""
     network, shape = about["network"], about["shape"]
     if (images := 12 * batch * math.prod(shape)) > free:  # image, noise and their mirror in float32
-        raise Failure(f"--batch-size {batch}: its images alone take {gigabytes(images)}, and "
-                      f"{gigabytes(free)} of memory are free")
+        raise Failure(
+            f"--batch-size {batch}: its images alone take {gigabytes(images)}, and "
+            f"{gigabytes(free)} of memory are free"
+        )
     if own + each > free:
-        raise Failure(f"not even one image of {shape[1]}x{shape[2]} fits: with this network a step takes "
-                      f"{gigabytes(own + each)}, and {gigabytes(free)} of memory are free; "
-                      f"{smaller(network, shape, free)}")
+        raise Failure(
+            f"not even one image of {shape[1]}x{shape[2]} fits: with this network a step takes "
+            f"{gigabytes(own + each)}, and {gigabytes(free)} of memory are free; "
+            f"{smaller(network, shape, free)}"
+        )
     return max(1, min(batch, int((free / 2 - own) / each)))
 
 
@@ -205,7 +225,9 @@ def smaller(network, shape, free):
     """What would fit, in words: images of half the side, or a quarter, ..."""
     C, H, W = shape
     least = 2 ** (len(network["mult"]) - 1)
-    for half in itertools.takewhile(lambda n: min(H, W) // n >= least, (2**k for k in itertools.count(1))):
+    for half in itertools.takewhile(
+        lambda n: min(H, W) // n >= least, (2**k for k in itertools.count(1))
+    ):
         h, w = (side // half // least * least for side in (H, W))
         if (less := sum(memory(network, (C, h, w)))) < free / 2:
             return f"one of {h}x{w} would take {gigabytes(less)}"
@@ -239,7 +261,9 @@ def used(device):
         return torch.cuda.max_memory_allocated(device)
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 def short(seconds):

@@ -20,12 +20,21 @@ from support.files import replacing, sha256
 from support.weight_files import PLAIN, check_archive
 
 FORMAT = 2  # a higher number is refused; format 1 had no process, which followed from its config
-SEAL = b"\nddpm checkpoint; SHA-256 of all above: "  # and 32 bytes end the file; torch.load skips them
-NETWORK = dict(network=dict, shape=tuple, classes=list, process=dict, step=int, model=dict, ema=dict)
+SEAL = (
+    b"\nddpm checkpoint; SHA-256 of all above: "  # and 32 bytes end the file; torch.load skips them
+)
+NETWORK = dict(
+    network=dict, shape=tuple, classes=list, process=dict, step=int, model=dict, ema=dict
+)
 RUN = dict(config=dict, images=int, fingerprint=int, optimizer=dict)  # all of these, or none
-PROCESS = dict(beta=torch.Tensor, schedule=str, variance=str, clip=bool)  # and the defaults of sampling
-SCHEDULES = {"linear": ddpm.linear_schedule, "cosine": ddpm.cosine_schedule,
-             "exponential": ddpm.exponential_schedule}
+PROCESS = dict(
+    beta=torch.Tensor, schedule=str, variance=str, clip=bool
+)  # and the defaults of sampling
+SCHEDULES = {
+    "linear": ddpm.linear_schedule,
+    "cosine": ddpm.cosine_schedule,
+    "exponential": ddpm.exponential_schedule,
+}
 
 
 def save(path, ckpt):
@@ -34,7 +43,9 @@ def save(path, ckpt):
         try:
             torch.save({"ddpm_format": FORMAT, **ckpt}, file)
         except RuntimeError:  # how torch reports a full disk
-            raise Failure(f"{path}: cannot be written, the disk may be full; nothing changed") from None
+            raise Failure(
+                f"{path}: cannot be written, the disk may be full; nothing changed"
+            ) from None
         file.seek(0)
         file.write(SEAL + hashlib.file_digest(file, "sha256").digest())
 
@@ -55,8 +66,10 @@ def load(path):
     if not isinstance(ckpt, dict) or type(ckpt.get("ddpm_format")) is not int:
         raise Failure(f"{path}: sealed as a checkpoint, but does not hold one")
     if ckpt["ddpm_format"] not in (1, FORMAT):
-        raise Failure(f"{path}: its format, {ckpt['ddpm_format']}, is newer than this program's, "
-                      f"{FORMAT}; update the program")
+        raise Failure(
+            f"{path}: its format, {ckpt['ddpm_format']}, is newer than this program's, "
+            f"{FORMAT}; update the program"
+        )
     with refusing(path):
         if ckpt["ddpm_format"] == 1:
             # The first runs learned no variances, and had labels wherever their data did.
@@ -72,8 +85,12 @@ def load(path):
 def process(schedule, T, variance):
     """The process of a run's settings: its table of betas, and how to sample from it by default."""
     fit(0 < T <= 10**6)
-    return dict(beta=SCHEDULES[schedule](T), schedule=schedule, clip=True,
-                variance="learned" if variance == "learned" else "beta")
+    return dict(
+        beta=SCHEDULES[schedule](T),
+        schedule=schedule,
+        clip=True,
+        variance="learned" if variance == "learned" else "beta",
+    )
 
 
 def holds_run(ckpt):
@@ -88,11 +105,19 @@ def check_seal(path):
     except FileNotFoundError:
         kind = 0
     if not stat.S_ISREG(kind):
-        problem = "is a folder" if stat.S_ISDIR(kind) else "is no ordinary file" if kind else "no such file"
+        problem = (
+            "is a folder"
+            if stat.S_ISDIR(kind)
+            else "is no ordinary file"
+            if kind
+            else "no such file"
+        )
         raise Failure(f"{path}: {problem}; train.py and convert.py write checkpoints (--out)")
     if not sealed(path):
-        raise Failure(f"{path}: not a checkpoint of train.py, or not all of one; convert.py reads others' "
-                      f"weights")
+        raise Failure(
+            f"{path}: not a checkpoint of train.py, or not all of one; convert.py reads others' "
+            f"weights"
+        )
     with open(path, "rb") as file:
         digest = sha256(file, max(0, os.fstat(file.fileno()).st_size - len(SEAL) - 32))
         if file.read(len(SEAL) + 32)[len(SEAL) :] != digest:
@@ -124,11 +149,18 @@ def check_contents(ckpt):
     fit(len(ckpt["classes"]) == (network["num_classes"] or 0))
     fit(all(isinstance(name, str) for name in ckpt["classes"]))
     fit(C == network["in_channels"] and C in (1, 3))
-    fit(network["out_channels"] == {"beta": C, "beta_tilde": C, "learned": 2 * C}[process["variance"]])
+    fit(
+        network["out_channels"]
+        == {"beta": C, "beta_tilde": C, "learned": 2 * C}[process["variance"]]
+    )
     fit(H % factor == W % factor == 0)
     if holds_run(ckpt):
         config, learns = ckpt["config"], process["variance"] == "learned"
-        fit(isinstance(config["data"], str) and isinstance(config["labels"], bool) and ckpt["step"] > 0)
+        fit(
+            isinstance(config["data"], str)
+            and isinstance(config["labels"], bool)
+            and ckpt["step"] > 0
+        )
         fit(config["variance"] == ("learned" if learns else "fixed"))
         fit(config.get("limit") is None or is_whole(config["limit"], 1, 2**31))
         fit(is_whole(ckpt.get("held_out", 0), 0, 2**53))  # older runs held out nothing of a folder
@@ -136,7 +168,9 @@ def check_contents(ckpt):
 
 def check_network(network):
     """The same, unless these are arguments of ddpm.UNet, each of its type and of a possible size."""
-    whole = dict(in_channels=3, out_channels=6, ch=8192, blocks=64, groups=8192)  # the largest of each
+    whole = dict(
+        in_channels=3, out_channels=6, ch=8192, blocks=64, groups=8192
+    )  # the largest of each
     fit(network.keys() == {*whole, "mult", "attention", "dropout", "num_classes"})
     fit(all(is_whole(network[name], 1, top) for name, top in whole.items()))
     for name, low, high in (("mult", 1, 64), ("attention", 0, 15)):
@@ -196,8 +230,15 @@ def refusing(path):
     where nothing comes from a file, it stays what it is."""
     try:
         yield
-    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, AssertionError,
-            RuntimeError) as error:
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+        ArithmeticError,
+        AttributeError,
+        AssertionError,
+        RuntimeError,
+    ) as error:
         if path is None or out_of_memory(error):
             raise
         raise Failure(f"{path}: its contents do not fit together") from None
@@ -213,8 +254,10 @@ def refuse_other_images(name, about, saved):
         raise Failure(f"{name}: its classes are not those with which this run began")
     if saved["images"] != about["images"]:
         older = "" if "held_out" in saved else "; it is older than the rule that some are held out"
-        raise Failure(f"{name}: {about['images']:,} images, but {saved['images']:,} when this run "
-                      f"began{older}")
+        raise Failure(
+            f"{name}: {about['images']:,} images, but {saved['images']:,} when this run "
+            f"began{older}"
+        )
     if saved["fingerprint"] != about["fingerprint"]:
         raise Failure(f"{name}: not the images, or not in the order, with which this run began")
 

@@ -49,8 +49,12 @@ METAVARS = {int: "N", float: "X", str: "NAME"}
 
 def parser_of(config, description):
     """The argparse parser of a dataclass of flags."""
-    parser = Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        description=description,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     section = parser
     for f in fields(config):
         kind = typing.get_args(f.type)[0] if isinstance(f.type, types.UnionType) else f.type
@@ -63,9 +67,15 @@ def parser_of(config, description):
         if kind is bool:
             section.add_argument(flag_name(f.name), dest=f.name, action="store_true", help=text)
         else:
-            section.add_argument(flag_name(f.name), dest=f.name, type=checked(kind, about), help=text,
-                                 required=f.default is MISSING, choices=about["choices"],
-                                 metavar=None if about["choices"] else about["metavar"] or METAVARS[kind])
+            section.add_argument(
+                flag_name(f.name),
+                dest=f.name,
+                type=checked(kind, about),
+                help=text,
+                required=f.default is MISSING,
+                choices=about["choices"],
+                metavar=None if about["choices"] else about["metavar"] or METAVARS[kind],
+            )
     return parser
 
 
@@ -197,7 +207,9 @@ def explained(error):
         return 1, "nobody reads the output any more"
     if isinstance(error, OSError):
         return 1, f"{error.filename or 'the output'}: {error.strerror or error}"
-    if isinstance(error, NotImplementedError):  # an operation that the device lacks, as log_ndtr on Apple's
+    if isinstance(
+        error, NotImplementedError
+    ):  # an operation that the device lacks, as log_ndtr on Apple's
         return 1, f"{str(error).split('. ')[0]}; try --device cpu, or PYTORCH_ENABLE_MPS_FALLBACK=1"
     if out_of_memory(error):
         return 1, "out of memory; try a smaller --batch-size, or smaller images or networks"

@@ -8,13 +8,22 @@ from support.errors import UsageError, out_of_memory
 def pick_device(name):
     """The torch device called `name`; "auto" is CUDA, else Apple's MPS, else the CPU."""
     if name == "auto":
-        name = ("cuda" if torch.cuda.is_available()
-                else "mps" if torch.backends.mps.is_available() else "cpu")
+        name = (
+            "cuda"
+            if torch.cuda.is_available()
+            else "mps"
+            if torch.backends.mps.is_available()
+            else "cpu"
+        )
     try:
         if name.split(":")[0] == "meta":  # its tensors hold no numbers
             raise RuntimeError
         torch.empty(1, device=name)
-    except (RuntimeError, AssertionError, ImportError) as error:  # as torch's parts for a device may raise
+    except (
+        RuntimeError,
+        AssertionError,
+        ImportError,
+    ) as error:  # as torch's parts for a device may raise
         if out_of_memory(error):
             raise
         raise UsageError(f"--device {name}: not on this machine; try cpu") from None
@@ -28,8 +37,9 @@ def has_bf16(device):
     """Whether the hardware computes in bfloat16; elsewhere it is emulated, or refused."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and any(on for name, on in torch.cpu.get_capabilities().items()
-                                        if name.endswith("bf16"))
+    return device.type == "cpu" and any(
+        on for name, on in torch.cpu.get_capabilities().items() if name.endswith("bf16")
+    )
 
 
 def samples_in_bf16(precision, device, trained=None):
@@ -37,7 +47,9 @@ def samples_in_bf16(precision, device, trained=None):
     in its training, `trained`, where the hardware has it: what is drawn does not depend on a clock."""
     if precision != "auto" or trained == "fp32":
         return precision == "bf16"
-    fast = trained == "bf16" or device.type == "cuda" or torch.cpu.get_capabilities().get("amx_bf16")
+    fast = (
+        trained == "bf16" or device.type == "cuda" or torch.cpu.get_capabilities().get("amx_bf16")
+    )
     return bool(fast) and has_bf16(device)
 
 
@@ -54,8 +66,10 @@ def to_compile(precision, device):
     if device.type != "cpu":
         return precision
     if precision == "bf16":
-        raise UsageError("--compile: on a CPU, torch loses gradients of a compiled network in bf16; leave it "
-                         "out, or give --precision fp32")
+        raise UsageError(
+            "--compile: on a CPU, torch loses gradients of a compiled network in bf16; leave it "
+            "out, or give --precision fp32"
+        )
     return "fp32"
 
 

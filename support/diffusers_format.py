@@ -47,11 +47,20 @@ FIXED = {
 }
 # FREE becomes an argument of ddpm.UNet: what a missing one means.
 FREE = {
-    "sample_size": None, "in_channels": 3, "out_channels": 3, "block_out_channels": [224, 448, 672, 896],
+    "sample_size": None,
+    "in_channels": 3,
+    "out_channels": 3,
+    "block_out_channels": [224, 448, 672, 896],
     "down_block_types": ["DownBlock2D", *["AttnDownBlock2D"] * 3],
-    "up_block_types": [*["AttnUpBlock2D"] * 3, "UpBlock2D"], "layers_per_block": 2, "dropout": 0.0,
-    "attention_head_dim": 8, "norm_num_groups": 32, "attn_norm_num_groups": None, "num_class_embeds": None,
-    "time_embedding_dim": None, "num_train_timesteps": None,
+    "up_block_types": [*["AttnUpBlock2D"] * 3, "UpBlock2D"],
+    "layers_per_block": 2,
+    "dropout": 0.0,
+    "attention_head_dim": 8,
+    "norm_num_groups": 32,
+    "attn_norm_num_groups": None,
+    "num_class_embeds": None,
+    "time_embedding_dim": None,
+    "num_train_timesteps": None,
 }
 # The same of the process. The last row says how steps are skipped: here, --steps and --grid say that.
 PROCESS_FIXED = {
@@ -60,13 +69,27 @@ PROCESS_FIXED = {
     "rescale_betas_zero_snr": (False, [False]),
 }
 PROCESS_FREE = {
-    "num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02,
-    "trained_betas": None, "variance_type": "fixed_small", "clip_sample": True, "clip_sample_range": 1.0,
-    "dynamic_thresholding_ratio": 0.995, "sample_max_value": 1.0,
-    "timestep_spacing": "leading", "steps_offset": 0, "set_alpha_to_one": True, "skip_prk_steps": False,
+    "num_train_timesteps": 1000,
+    "beta_schedule": "linear",
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
+    "trained_betas": None,
+    "variance_type": "fixed_small",
+    "clip_sample": True,
+    "clip_sample_range": 1.0,
+    "dynamic_thresholding_ratio": 0.995,
+    "sample_max_value": 1.0,
+    "timestep_spacing": "leading",
+    "steps_offset": 0,
+    "set_alpha_to_one": True,
+    "skip_prk_steps": False,
 }
-VARIANCES = {"fixed_large": "beta", "fixed_small": "beta_tilde", "fixed_small_log": "beta_tilde",
-             "learned_range": "learned"}
+VARIANCES = {
+    "fixed_large": "beta",
+    "fixed_small": "beta_tilde",
+    "fixed_small_log": "beta_tilde",
+    "learned_range": "learned",
+}
 
 
 class Settings(dict):
@@ -74,11 +97,15 @@ class Settings(dict):
 
     def __init__(self, path, kinds, fixed, free):
         self.path = path
-        super().__init__({name: missing for name, (missing, _) in fixed.items()} | free | read_json(path))
+        super().__init__(
+            {name: missing for name, (missing, _) in fixed.items()} | free | read_json(path)
+        )
         ok = self.get("_class_name", kinds[0]) in kinds
         self.need("_class_name", ok, f"only {' or '.join(kinds)} can be converted")
         for name in self:
-            self.need(name, name in fixed or name in free or name.startswith("_"), "it is not known here")
+            self.need(
+                name, name in fixed or name in free or name.startswith("_"), "it is not known here"
+            )
         for name, (_, fit) in fixed.items():
             self.need(name, self[name] in fit, f"in ddpm.py it is {json.dumps(fit[0])}")
 
@@ -116,10 +143,17 @@ def read_json(path):
 def read_network(config, tensors):
     """(arguments of ddpm.UNet, shape of its images), for a file with so many tensors."""
     ch, mult, attention = read_levels(config)
-    blocks, groups = config.whole("layers_per_block", 1, 1000), config.whole("norm_num_groups", 1, 2**16)
-    enough = 10 * len(mult) * (2 * blocks + 1) <= tensors  # of a residual block alone, there are ten
+    blocks, groups = (
+        config.whole("layers_per_block", 1, 1000),
+        config.whole("norm_num_groups", 1, 2**16),
+    )
+    enough = (
+        10 * len(mult) * (2 * blocks + 1) <= tensors
+    )  # of a residual block alone, there are ten
     config.need("layers_per_block", enough, f"so many blocks cannot come out of {tensors} tensors")
-    config.need("norm_num_groups", all(ch * m % groups == 0 for m in mult), "it must divide all channels")
+    config.need(
+        "norm_num_groups", all(ch * m % groups == 0 for m in mult), "it must divide all channels"
+    )
     heads = {ch * mult[level] for level in (*attention, -1)}
     one = config["attention_head_dim"] is None or [config["attention_head_dim"]] == list(heads)
     config.need("attention_head_dim", one, "in ddpm.py attention has one head, which is null here")
@@ -127,24 +161,45 @@ def read_network(config, tensors):
         config.need(name, config[name] in (None, same), f"in ddpm.py it is {same}")
     C = config["in_channels"]
     config.need("in_channels", C in (1, 3), "images here have 3, or 1 if they are grey")
-    config.need("out_channels", config["out_channels"] in (C, 2 * C), f"it must be {C}, or {2 * C} if the "
-                "variances are learned")
-    known = None if config["num_class_embeds"] is None else config.whole("num_class_embeds", 2, 10**6) - 1
-    network = dict(in_channels=C, out_channels=int(config["out_channels"]), ch=ch, mult=mult, blocks=blocks,
-                   attention=attention, dropout=config.real("dropout", 0, 0.999), groups=groups,
-                   num_classes=known)
+    config.need(
+        "out_channels",
+        config["out_channels"] in (C, 2 * C),
+        f"it must be {C}, or {2 * C} if the variances are learned",
+    )
+    known = (
+        None
+        if config["num_class_embeds"] is None
+        else config.whole("num_class_embeds", 2, 10**6) - 1
+    )
+    network = dict(
+        in_channels=C,
+        out_channels=int(config["out_channels"]),
+        ch=ch,
+        mult=mult,
+        blocks=blocks,
+        attention=attention,
+        dropout=config.real("dropout", 0, 0.999),
+        groups=groups,
+        num_classes=known,
+    )
     return network, (C, *read_size(config, 2 ** (len(mult) - 1)))
 
 
 def read_levels(config):
     """(ch, mult, attention) of ddpm.UNet."""
-    channels, down, up = (config[name] if isinstance(config[name], list) else [None] for name in
-                          ("block_out_channels", "down_block_types", "up_block_types"))
+    channels, down, up = (
+        config[name] if isinstance(config[name], list) else [None]
+        for name in ("block_out_channels", "down_block_types", "up_block_types")
+    )
     L, ch = len(channels), channels[0] if channels else None
     ok = 0 < L <= 16 and all(type(c) is int and 4 <= c < 2**16 for c in channels)
-    config.need("block_out_channels", ok, "it must be a list of 1 to 16 whole numbers from 4 to 65,535")
+    config.need(
+        "block_out_channels", ok, "it must be a list of 1 to 16 whole numbers from 4 to 65,535"
+    )
     ok = ch % 2 == 0 and all(c % ch == 0 for c in channels)
-    config.need("block_out_channels", ok, "in ddpm.py, each is a multiple of the first, which is even")
+    config.need(
+        "block_out_channels", ok, "in ddpm.py, each is a multiple of the first, which is even"
+    )
     attention = tuple(level for level, kind in enumerate(down) if kind == "AttnDownBlock2D")
     kinds = ["Attn" * (level in attention) for level in range(L)]
     ok = down == [f"{kind}DownBlock2D" for kind in kinds]
@@ -158,9 +213,14 @@ def read_size(config, factor):
     """(H, W) of the images."""
     size = config["sample_size"]
     sides = size if isinstance(size, list) else [size, size]
-    ok = len(sides) == 2 and all(type(n) is int and 0 < n <= 4096 and n % factor == 0 for n in sides)
-    config.need("sample_size", ok, f"it must be the side of its images, or [height, width]: multiples of "
-                f"{factor}, up to 4096")
+    ok = len(sides) == 2 and all(
+        type(n) is int and 0 < n <= 4096 and n % factor == 0 for n in sides
+    )
+    config.need(
+        "sample_size",
+        ok,
+        f"it must be the side of its images, or [height, width]: multiples of {factor}, up to 4096",
+    )
     return sides
 
 
@@ -169,13 +229,23 @@ def read_process(config, learned):
     T = config.whole("num_train_timesteps", 1, 10**6)
     schedule, beta = read_schedule(config, T)
     fit = ["learned_range"] if learned else [name for name in VARIANCES if name != "learned_range"]
-    config.need("variance_type", config["variance_type"] in fit, f"for this network, it must be "
-                f"{' or '.join(fit)}")
+    config.need(
+        "variance_type",
+        config["variance_type"] in fit,
+        f"for this network, it must be {' or '.join(fit)}",
+    )
     config.need("clip_sample", config["clip_sample"] in (True, False), "it must be true or false")
-    config.need("clip_sample_range", not config["clip_sample"] or config["clip_sample_range"] == 1,
-                "in ddpm.py it is 1.0")
-    return dict(beta=beta, schedule=schedule, variance=VARIANCES[config["variance_type"]],
-                clip=bool(config["clip_sample"]))
+    config.need(
+        "clip_sample_range",
+        not config["clip_sample"] or config["clip_sample_range"] == 1,
+        "in ddpm.py it is 1.0",
+    )
+    return dict(
+        beta=beta,
+        schedule=schedule,
+        variance=VARIANCES[config["variance_type"]],
+        clip=bool(config["clip_sample"]),
+    )
 
 
 def read_schedule(config, T):
@@ -183,8 +253,11 @@ def read_schedule(config, T):
     kind, given = config["beta_schedule"], config["trained_betas"]
     ends = [config.real(name, LOWEST, 1 - LOWEST) for name in ("beta_start", "beta_end")]
     if given is not None:
-        ok = isinstance(given, list) and len(given) == T and all(
-            type(b) is float and LOWEST <= b <= 1 - LOWEST for b in given)
+        ok = (
+            isinstance(given, list)
+            and len(given) == T
+            and all(type(b) is float and LOWEST <= b <= 1 - LOWEST for b in given)
+        )
         config.need("trained_betas", ok, f"it must be a list of T = {T:,} numbers between 0 and 1")
         return "table", F.pad(torch.tensor(given, dtype=torch.float64), (1, 0))
     if kind == "squaredcos_cap_v2":
@@ -193,18 +266,32 @@ def read_schedule(config, T):
         return "linear" if ends == [1e-4, 0.02] else "table", ddpm.linear_schedule(T, *ends)
     if kind == "scaled_linear":
         return "table", ddpm.linear_schedule(T, *(end**0.5 for end in ends)) ** 2
-    config.need("beta_schedule", kind == "sigmoid", "ddpm.py can be linear, scaled_linear, "
-                "squaredcos_cap_v2, sigmoid or trained_betas")
+    config.need(
+        "beta_schedule",
+        kind == "sigmoid",
+        "ddpm.py can be linear, scaled_linear, squaredcos_cap_v2, sigmoid or trained_betas",
+    )
     beta = ends[0] + (ends[1] - ends[0]) * ddpm.linear_schedule(T, -6, 6).sigmoid()
     return "table", F.pad(beta[1:], (1, 0))
 
 
 # --- Names of the layers -------------------------------------------------------------------------
 
-RES = [("norm1",) * 3, ("conv1",) * 3, ("emb", "time_emb_proj", "temb_proj"), ("norm2",) * 3,
-       ("conv2",) * 3, ("shortcut", "conv_shortcut", "nin_shortcut")]
-ATTENTION = [("norm", "group_norm", "norm"), ("q", "to_q", "q"), ("k", "to_k", "k"), ("v", "to_v", "v"),
-             ("out", "to_out.0", "proj_out")]
+RES = [
+    ("norm1",) * 3,
+    ("conv1",) * 3,
+    ("emb", "time_emb_proj", "temb_proj"),
+    ("norm2",) * 3,
+    ("conv2",) * 3,
+    ("shortcut", "conv_shortcut", "nin_shortcut"),
+]
+ATTENTION = [
+    ("norm", "group_norm", "norm"),
+    ("q", "to_q", "q"),
+    ("k", "to_k", "k"),
+    ("v", "to_v", "v"),
+    ("out", "to_out.0", "proj_out"),
+]
 # diffusers renamed its attention in 2023; the published files are older.
 OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
@@ -240,7 +327,11 @@ def layers(levels, blocks):
         for j in range(blocks + 1):
             yield from stage(f"up.{i + j}", theirs, authors, j)
         for place in (2, 3):  # without and with attention before it
-            yield f"up.{i + blocks}.{place}", f"{theirs}.upsamplers.0.conv", f"{authors}.upsample.conv"
+            yield (
+                f"up.{i + blocks}.{place}",
+                f"{theirs}.upsamplers.0.conv",
+                f"{authors}.upsample.conv",
+            )
     yield "norm_out", "conv_norm_out", "norm_out"
     yield ("conv_out",) * 3
 
@@ -252,8 +343,11 @@ def names(network, column):
     """{name in ddpm.UNet: (theirs, our shape)} of every tensor of a network, which is not built."""
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in ddpm.UNet(**network).state_dict().items()}
-    listed = {f"{row[0]}.{kind}": f"{row[column]}.{kind}" for kind in ("weight", "bias")
-              for row in layers(len(network["mult"]), network["blocks"])}
+    listed = {
+        f"{row[0]}.{kind}": f"{row[column]}.{kind}"
+        for kind in ("weight", "bias")
+        for row in layers(len(network["mult"]), network["blocks"])
+    }
     return {name: (listed[name], tuple(shape)) for name, shape in shapes.items()}
 
 
@@ -266,8 +360,10 @@ def matched(path, found, network, column):
             raise Failure(f"{path}: {theirs} is missing, and the network needs it")
         has = found[current[theirs]].shape
         if shape not in (has, (*has, 1, 1)):  # a Linear is a 1x1 convolution
-            raise Failure(f"{path}: {shown(current[theirs])} is {shown(str(list(has)))}, and the network "
-                          f"needs {list(shape)}")
+            raise Failure(
+                f"{path}: {shown(current[theirs])} is {shown(str(list(has)))}, and the network "
+                f"needs {list(shape)}"
+            )
     extra = found.keys() - {current[theirs] for theirs, _ in wanted.values()}
     if extra:
         raise Failure(f"{path}: {shown(min(extra))} is not a part of the network")
@@ -296,14 +392,19 @@ def read_folder(folder, class_names=None):
     if not os.path.lexists(path):
         raise Failure(f"{path}: no such file; a folder in diffusers' layout has it")
     config = Settings(path, ["UNet2DModel"], FIXED, FREE)
-    safe, pickled = (os.path.join(os.path.dirname(path), f"diffusion_pytorch_model.{kind}")
-                     for kind in ("safetensors", "bin"))
+    safe, pickled = (
+        os.path.join(os.path.dirname(path), f"diffusion_pytorch_model.{kind}")
+        for kind in ("safetensors", "bin")
+    )
     file = pickled if os.path.isfile(pickled) and not os.path.isfile(safe) else safe
     found = weights_in(file)
     network, shape = read_network(config, len(found))
     learned = network["out_channels"] > shape[0]
     scheduler = inside("scheduler", "scheduler_config.json")
-    process, assumed = authors_process("learned" if learned else "beta"), not os.path.lexists(scheduler)
+    process, assumed = (
+        authors_process("learned" if learned else "beta"),
+        not os.path.lexists(scheduler),
+    )
     if not assumed:
         kinds = ["DDPMScheduler", "DDIMScheduler"]
         process = read_process(Settings(scheduler, kinds, PROCESS_FIXED, PROCESS_FREE), learned)
@@ -312,8 +413,14 @@ def read_folder(folder, class_names=None):
     if learned:  # diffusers' v is (output + 1) / 2, ours is the output
         weights["conv_out.weight"][shape[0] :] /= 2
         weights["conv_out.bias"][shape[0] :].add_(1).div_(2)
-    return dict(network=network, shape=shape, classes=classes, process=process, weights=weights,
-                assumed=assumed)
+    return dict(
+        network=network,
+        shape=shape,
+        classes=classes,
+        process=process,
+        weights=weights,
+        assumed=assumed,
+    )
 
 
 def read_classes(file, K, class_names):
@@ -328,8 +435,10 @@ def read_classes(file, K, class_names):
     if len(set(classes)) < len(classes):
         raise UsageError("--classes: a name stands there twice")
     if len(classes) != (K or 0):
-        raise UsageError(f"--classes: {len(classes)} names, but the network has {K or 0} classes (rows of "
-                         f'its class_embedding, of which the last must be "no label")')
+        raise UsageError(
+            f"--classes: {len(classes)} names, but the network has {K or 0} classes (rows of "
+            f'its class_embedding, of which the last must be "no label")'
+        )
     return classes
 
 
@@ -339,8 +448,17 @@ def authors_process(variance):
 
 
 # The authors' runs, whose weights come without settings: the network, its images, the variance.
-CIFAR10 = dict(in_channels=3, out_channels=3, ch=128, mult=(1, 2, 2, 2), blocks=2, attention=(1,),
-               dropout=0.1, groups=32, num_classes=None)
+CIFAR10 = dict(
+    in_channels=3,
+    out_channels=3,
+    ch=128,
+    mult=(1, 2, 2, 2),
+    blocks=2,
+    attention=(1,),
+    dropout=0.1,
+    groups=32,
+    num_classes=None,
+)
 LARGE = CIFAR10 | dict(mult=(1, 1, 2, 2, 4, 4), attention=(4,), dropout=0.0)
 RUNS = [(CIFAR10, (3, 32, 32), "beta"), (LARGE, (3, 256, 256), "beta_tilde")]
 
@@ -351,9 +469,17 @@ def read_authors(path):
     for network, shape, variance in RUNS:
         if {theirs for theirs, _ in names(network, AUTHORS).values()} == found.keys():
             weights = matched(path, found, network, AUTHORS)
-            return dict(network=network, shape=shape, classes=[], process=authors_process(variance),
-                        weights=weights, assumed=False)
-    raise Failure(f"{path}: these are not the weights of the authors' network for CIFAR-10 or for 256x256")
+            return dict(
+                network=network,
+                shape=shape,
+                classes=[],
+                process=authors_process(variance),
+                weights=weights,
+                assumed=False,
+            )
+    raise Failure(
+        f"{path}: these are not the weights of the authors' network for CIFAR-10 or for 256x256"
+    )
 
 
 # --- Writing -------------------------------------------------------------------------------------
@@ -364,8 +490,10 @@ def write_folder(folder, held):
     and, unless it has classes, DDPMPipeline.from_pretrained."""
     network, (C, H, W), process = held["network"], held["shape"], held["process"]
     if network["mult"][0] != 1:
-        raise Failure(f"mult begins with {network['mult'][0]}: in diffusers, the first level is as wide as "
-                      f"conv_in")
+        raise Failure(
+            f"mult begins with {network['mult'][0]}: in diffusers, the first level is as wide as "
+            f"conv_in"
+        )
     weights = dict(held["weights"])
     if network["out_channels"] > C:
         for name, shift in (("conv_out.weight", 0), ("conv_out.bias", 1)):
@@ -375,11 +503,17 @@ def write_folder(folder, held):
     for name, (theirs, _) in names(network, DIFFUSERS).items():
         attention = ".attentions." in theirs and weights[name].ndim == 4
         tensors[theirs] = weights[name].flatten(1) if attention else weights[name]
-    files = {"config.json": model_config(network, H, W), "scheduler_config.json": scheduler_config(process)}
+    files = {
+        "config.json": model_config(network, H, W),
+        "scheduler_config.json": scheduler_config(process),
+    }
     if not held["classes"]:  # DDPMPipeline hands on no labels
         files["model_index.json"] = {
-            "_class_name": "DDPMPipeline", "_diffusers_version": VERSION,
-            "scheduler": ["diffusers", "DDPMScheduler"], "unet": ["diffusers", "UNet2DModel"]}
+            "_class_name": "DDPMPipeline",
+            "_diffusers_version": VERSION,
+            "scheduler": ["diffusers", "DDPMScheduler"],
+            "unet": ["diffusers", "UNet2DModel"],
+        }
     for name, settings in files.items():
         with open(os.path.join(folder, name), "x") as file:
             json.dump(settings, file, indent=2)
@@ -396,15 +530,19 @@ def model_config(network, H, W):
     L, attention, K = len(network["mult"]), network["attention"], network["num_classes"]
     kinds = ["Attn" * (level in attention) for level in range(L)]
     return {
-        "_class_name": "UNet2DModel", "_diffusers_version": VERSION,
+        "_class_name": "UNet2DModel",
+        "_diffusers_version": VERSION,
         **{name: fit[0] for name, (_, fit) in FIXED.items()},
         "sample_size": H if H == W else [H, W],
-        "in_channels": network["in_channels"], "out_channels": network["out_channels"],
+        "in_channels": network["in_channels"],
+        "out_channels": network["out_channels"],
         "block_out_channels": [network["ch"] * m for m in network["mult"]],
         "down_block_types": [f"{kind}DownBlock2D" for kind in kinds],
         "up_block_types": [f"{kind}UpBlock2D" for kind in reversed(kinds)],
-        "layers_per_block": network["blocks"], "dropout": network["dropout"],
-        "attention_head_dim": None, "norm_num_groups": network["groups"],
+        "layers_per_block": network["blocks"],
+        "dropout": network["dropout"],
+        "attention_head_dim": None,
+        "norm_num_groups": network["groups"],
         "num_class_embeds": K and K + 1,
     }
 
@@ -415,9 +553,14 @@ def scheduler_config(process):
     beta = process["beta"][1:].tolist()
     theirs = {ours: name for name, ours in reversed(VARIANCES.items())}
     return {
-        "_class_name": "DDPMScheduler", "_diffusers_version": VERSION,
+        "_class_name": "DDPMScheduler",
+        "_diffusers_version": VERSION,
         **{name: fit[0] for name, (_, fit) in PROCESS_FIXED.items()},
-        "num_train_timesteps": len(beta), "beta_schedule": named or "linear", "beta_start": 1e-4,
-        "beta_end": 0.02, "trained_betas": None if named else beta,
-        "variance_type": theirs[process["variance"]], "clip_sample": process["clip"],
+        "num_train_timesteps": len(beta),
+        "beta_schedule": named or "linear",
+        "beta_start": 1e-4,
+        "beta_end": 0.02,
+        "trained_betas": None if named else beta,
+        "variance_type": theirs[process["variance"]],
+        "clip_sample": process["clip"],
     }

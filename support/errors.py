@@ -21,5 +21,10 @@ def out_of_memory(error):
     """Whether an exception says that memory ran out, of the machine or of its GPU."""
     # Of the CPU's allocator; of CUDA, which may not even start; of oneDNN, which gives no reason; of a
     # thread, which needs a stack.
-    words = ("allocate memory", "out of memory", "could not create a primitive", "can't start new thread")
+    words = (
+        "allocate memory",
+        "out of memory",
+        "could not create a primitive",
+        "can't start new thread",
+    )
     return isinstance(error, MemoryError) or any(word in str(error) for word in words)

@@ -36,7 +36,9 @@ def takes_files(path, typed):
         with contextlib.suppress(FileNotFoundError):
             owner = os.lstat(path).st_uid  # a name that is too long is refused here
             if folder.st_mode & stat.S_ISVTX and os.geteuid() not in (0, owner, folder.st_uid):
-                raise Failure(f"{typed}: belongs to another user, and its folder lets nobody else replace it")
+                raise Failure(
+                    f"{typed}: belongs to another user, and its folder lets nobody else replace it"
+                )
         partial.touch(exist_ok=False)
         partial.unlink()
     except OSError as error:

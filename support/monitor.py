@@ -30,7 +30,9 @@ class Monitor:
         self.progress = Progress("training", steps, "steps", step) if workers.is_first() else None
         self.losses = torch.zeros(2, device=device)  # their sum, and how many
         self.epoch_losses = torch.zeros(2)
-        self.bad = torch.zeros(3, device=device)  # the first step, loss and gradient that are not finite
+        self.bad = torch.zeros(
+            3, device=device
+        )  # the first step, loss and gradient that are not finite
         self.began = self.epoch_began = self.reported_at = time.monotonic()
         self.reported, self.log = step, cfg.log
         self.stops, self.stopping = [], False  # the signals; whether all processes know of one
@@ -53,18 +55,29 @@ class Monitor:
             return
         cfg, about, device = self.cfg, run.about, self.losses.device
         (C, H, W), K, held = about["shape"], len(about["classes"]), about["held_out"]
-        say(f"{cfg.data}: {self.N:,} images, {H}x{W}x{C}" + (f", {K} classes" if K else "")
-            + (f"; {held:,} more are held out" if held else "; none are held out of so few"))
-        say(f"UNet with {sum(p.numel() for p in run.net.parameters()):,} parameters on "
+        say(
+            f"{cfg.data}: {self.N:,} images, {H}x{W}x{C}"
+            + (f", {K} classes" if K else "")
+            + (f"; {held:,} more are held out" if held else "; none are held out of so few")
+        )
+        say(
+            f"UNet with {sum(p.numel() for p in run.net.parameters()):,} parameters on "
             f"{devices.title(device)}; {about['process']['schedule']} schedule, T = {d.T}, variance "
-            f"{cfg.variance}")
-        say(f"batch {cfg.batch_size}, lr {cfg.lr:g}, warm-up {cfg.warmup}, decay {cfg.decay}, "
-            f"ema {cfg.ema:g}, dropout {cfg.dropout:g}, flip {cfg.flip}, seed {cfg.seed}")
+            f"{cfg.variance}"
+        )
+        say(
+            f"batch {cfg.batch_size}, lr {cfg.lr:g}, warm-up {cfg.warmup}, decay {cfg.decay}, "
+            f"ema {cfg.ema:g}, dropout {cfg.dropout:g}, flip {cfg.flip}, seed {cfg.seed}"
+        )
         say(f"settings: {why}")
         say(f"a step: {cost}")
         left = self.steps - run.step
-        say(f"{cfg.epochs} epochs, {self.steps:,} steps" + (f", from step {run.step:,}" if run.step else "")
-            + f": about {duration(left * cost.seconds)}" + ("" if run.step else " in all"))
+        say(
+            f"{cfg.epochs} epochs, {self.steps:,} steps"
+            + (f", from step {run.step:,}" if run.step else "")
+            + f": about {duration(left * cost.seconds)}"
+            + ("" if run.step else " in all")
+        )
 
     def epoch(self, step):
         """Epochs that are complete after so many steps; the last step may go a little beyond them."""
@@ -105,23 +118,35 @@ class Monitor:
         if not workers.is_first():
             return
         mean, began, line = (losses[0] / losses[1]).item(), self.epoch_began, {}
-        self.progress(step, f"epoch {min(self.epoch(step) + 1, self.cfg.epochs)} of {self.cfg.epochs}  "
-                            f"loss {mean:.4f}")
+        self.progress(
+            step,
+            f"epoch {min(self.epoch(step) + 1, self.cfg.epochs)} of {self.cfg.epochs}  "
+            f"loss {mean:.4f}",
+        )
         if self.ends(step):
             with self.aside():
                 apart = held_out()
             line = {} if apart is None else {"held_out": apart}
             self.report_epoch(step, now - began, apart)
         # The names are those that figures.py plots; a line holds numbers alone, for any reader of JSON lines.
-        self.write(step=step, epoch=min(self.cfg.epochs, step * self.cfg.batch_size / self.N), loss=mean,
-                   **line, lr=lr, images_per_s=speed, memory_gb=budget.used(self.losses.device) / 1e9,
-                   seconds=now - self.began)
+        self.write(
+            step=step,
+            epoch=min(self.cfg.epochs, step * self.cfg.batch_size / self.N),
+            loss=mean,
+            **line,
+            lr=lr,
+            images_per_s=speed,
+            memory_gb=budget.used(self.losses.device) / 1e9,
+            seconds=now - self.began,
+        )
 
     def report_epoch(self, step, seconds, held_out):
         self.progress.close()
         mean = self.epoch_losses[0] / self.epoch_losses[1]
         apart = "" if held_out is None else f", held out {held_out:.4f}"
-        say(f"epoch {self.epoch(step)} of {self.cfg.epochs}: loss {mean:.4f}{apart}, {duration(seconds)}")
+        say(
+            f"epoch {self.epoch(step)} of {self.cfg.epochs}: loss {mean:.4f}{apart}, {duration(seconds)}"
+        )
         self.epoch_losses.zero_()
         self.epoch_began = time.monotonic()
 
@@ -137,10 +162,14 @@ class Monitor:
 
     def refuse_infinite(self, step, *numbers):
         """Raises Failure if one of loss, gradient, weights and average, in this order, is not finite."""
-        for what, number in zip(("loss", "gradient", "weights", "moving average"), numbers, strict=False):
+        for what, number in zip(
+            ("loss", "gradient", "weights", "moving average"), numbers, strict=False
+        ):
             if not math.isfinite(number):
-                raise Failure(f"step {step}: the {what}: {number}; a lower --lr or a longer --warmup may "
-                              f"help. It is not saved; --resume goes on from {self.cfg.out}, if there is one")
+                raise Failure(
+                    f"step {step}: the {what}: {number}; a lower --lr or a longer --warmup may "
+                    f"help. It is not saved; --resume goes on from {self.cfg.out}, if there is one"
+                )
 
     def listen(self):
         """From now on, Ctrl-C and the other signals that end a command ask it to stop after the step."""
@@ -150,7 +179,11 @@ class Monitor:
         """The signal handler: it answers at once. A second Ctrl-C ends the run, without a checkpoint."""
         self.stops.append(number)
         if workers.is_first() and len(self.stops) == 1:
-            again = "; Ctrl-C again to stop now, without a checkpoint" if number == signal.SIGINT else ""
+            again = (
+                "; Ctrl-C again to stop now, without a checkpoint"
+                if number == signal.SIGINT
+                else ""
+            )
             with contextlib.suppress(OSError):  # not print, which the signal may have interrupted
                 os.write(2, f"\nstopping after this step{again}\n".encode())
         if number == signal.SIGINT and len(self.stops) > 1:

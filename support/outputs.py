@@ -45,9 +45,13 @@ def refuse(cfg):
     for name, path in (("--out", cfg.out), ("--log", cfg.log)):
         above = pathlib.Path(os.path.realpath(path)).parents if path else ()
         if is_folder(cfg.data) and pathlib.Path(os.path.realpath(cfg.data)) in above:
-            raise UsageError(f"{name} {path}: is inside --data, and would be taken for one of its images")
+            raise UsageError(
+                f"{name} {path}: is inside --data, and would be taken for one of its images"
+            )
     if cfg.init and os.path.exists(cfg.out) and os.path.samefile(cfg.out, cfg.init):
-        raise UsageError(f"--out {cfg.out}: is the checkpoint of --init, and would be lost; name another")
+        raise UsageError(
+            f"--out {cfg.out}: is the checkpoint of --init, and would be lost; name another"
+        )
     if cfg.log:
         refuse_log(cfg.log, (cfg.out, cfg.resume or cfg.init or cfg.out))
 
@@ -80,7 +84,9 @@ def locked(claim, out):
         raise Failure(f"--out {out}: another run is writing there; name another file") from None
     except OSError:  # a disk of a network that knows no locks
         return file
-    return file if os.fstat(file.fileno()).st_nlink else locked(claim, out)  # its holder has just removed it
+    return (
+        file if os.fstat(file.fileno()).st_nlink else locked(claim, out)
+    )  # its holder has just removed it
 
 
 def make_way(cfg):

@@ -84,8 +84,12 @@ def refuse_too_large(kind, shape, n, rows):
     if kind in SIDES and max(-(-n // rows) * wide, rows * tall) > SIDES[kind]:
         raise UsageError(f"--n {n}: too many for one {kind} picture; ask for fewer, or for a .png")
     (tall, wide), _ = cell(*shape[1:])
-    if kind == ".png" and -(-n // rows) * wide * rows * tall > 10**8:  # a decoder takes it for an attack
-        raise UsageError(f"--n {n}: too many for one picture; ask for fewer, or for an .npz or a folder")
+    if (
+        kind == ".png" and -(-n // rows) * wide * rows * tall > 10**8
+    ):  # a decoder takes it for an attack
+        raise UsageError(
+            f"--n {n}: too many for one picture; ask for fewer, or for an .npz or a folder"
+        )
 
 
 def write(out, kind, images, labels, rows, film):
@@ -97,7 +101,9 @@ def write(out, kind, images, labels, rows, film):
         return
     with replacing(out) as file:
         if kind == ".npz":
-            colour = np.broadcast_to(images, (*images.shape[:3], 3))  # the ADM evaluator takes no grey
+            colour = np.broadcast_to(
+                images, (*images.shape[:3], 3)
+            )  # the ADM evaluator takes no grey
             np.savez(file, colour, **({} if labels is None else {"arr_1": labels}))
         elif kind == ".png":
             grid(images, rows).save(file, "PNG")
@@ -105,5 +111,11 @@ def write(out, kind, images, labels, rows, film):
             # Noise hardly compresses, so that all frames but the last have only 32 levels.
             *moving, last = [grid(frame, rows, film_side(len(images))) for frame in film]
             first, *others = [*(ImageOps.posterize(frame, 5) for frame in moving), last]
-            first.save(file, kind[1:].upper(), save_all=True, loop=0, append_images=others,
-                       duration=[80] * len(others) + [2000])  # milliseconds: the last frame stays
+            first.save(
+                file,
+                kind[1:].upper(),
+                save_all=True,
+                loop=0,
+                append_images=others,
+                duration=[80] * len(others) + [2000],
+            )  # milliseconds: the last frame stays

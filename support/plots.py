@@ -16,8 +16,20 @@ from PIL import Image, ImageDraw, ImageFont
 
 ZOOM = 3
 INK, GREY, FAINT = (34, 34, 34), (110, 110, 110), (228, 228, 228)
-COLOURS = [(0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (230, 159, 0), (86, 180, 233)]
-LEFT, TOP, RIGHT, BOTTOM = 52, 66, 20, 44  # a chart's margins: titles above, ticks and names around the data
+COLOURS = [
+    (0, 114, 178),
+    (213, 94, 0),
+    (0, 158, 115),
+    (204, 121, 167),
+    (230, 159, 0),
+    (86, 180, 233),
+]
+LEFT, TOP, RIGHT, BOTTOM = (
+    52,
+    66,
+    20,
+    44,
+)  # a chart's margins: titles above, ticks and names around the data
 SMALL, TEXT, TITLE = 12, 13, 15  # heights of letters
 
 
@@ -64,7 +76,10 @@ def ticks(axis):
     _, low, high, log = axis
     if not log:
         step = spacing(low, high)
-        return [k * step for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+        return [
+            k * step
+            for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
+        ]
     steps = [v for v in ladder(low, high) if low <= v * (1 + 1e-9) and v <= high * (1 + 1e-9)]
     powers = steps if high / low <= 101 else [v for v in steps if f"{v:e}".startswith("1.")]
     return powers[:: -(-len(powers) // 7)]
@@ -85,8 +100,10 @@ def pixel(x, y, xs, ys, size):
     The pixel in row i and column j covers the square from (j, i) to (j + 1, i + 1).
     """
     width, height = size
-    return (LEFT + along(x, xs) * (width - LEFT - RIGHT),
-            height - BOTTOM - along(y, ys) * (height - TOP - BOTTOM))
+    return (
+        LEFT + along(x, xs) * (width - LEFT - RIGHT),
+        height - BOTTOM - along(y, ys) * (height - TOP - BOTTOM),
+    )
 
 
 # --- Charts --------------------------------------------------------------------------------------
@@ -202,7 +219,9 @@ def sheet(rows, above=(), beside=(), title="", scale=None, gap=4):
         for j, image in enumerate(row):
             cell = empty
             if image is not None:
-                cell = Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image).convert("RGB")
+                cell = Image.fromarray(image.squeeze(2) if image.shape[2] == 1 else image).convert(
+                    "RGB"
+                )
                 cell = cell.resize(empty.size, Image.Resampling.NEAREST)
             picture.paste(cell, (left + gap + j * W, top + gap + i * H))
     return picture

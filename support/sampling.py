@@ -11,8 +11,20 @@ import improved
 from support.errors import UsageError
 
 
-def sample(net, d, shape, seeds, labels=None, steps=None, eta=None, variance="beta", guidance=0.0,
-           clip=True, grid="even", on_step=None):
+def sample(
+    net,
+    d,
+    shape,
+    seeds,
+    labels=None,
+    steps=None,
+    eta=None,
+    variance="beta",
+    guidance=0.0,
+    clip=True,
+    grid="even",
+    on_step=None,
+):
     """x0 (N, C, H, W) in [-1, 1], on the network's device: one image of `shape` for each of N seeds.
 
     steps: how many of the T, by one of GRIDS; all of them by default. eta: DDIM, with this much noise;
@@ -28,7 +40,9 @@ def sample(net, d, shape, seeds, labels=None, steps=None, eta=None, variance="be
     xT = ddpm.noise_like(torch.empty(len(seeds), *shape, device=device), generators)
     chosen = GRIDS[grid](d.T, steps or d.T)
     how = dict(clip=clip, generator=generators, on_step=on_step)
-    if eta is None and len(chosen) < d.T:  # a diffusion of those steps alone, with variances of its own
+    if (
+        eta is None and len(chosen) < d.T
+    ):  # a diffusion of those steps alone, with variances of its own
         model, d = improved.strided(model, d, chosen)
     if eta is None and variance == "learned":
         return improved.sample_ancestral(model, d, xT, **how)

@@ -20,7 +20,11 @@ def held_out_loss(cfg, run, d, held_out, device):
     are no such images. It computes on an eighth as many images as an epoch, or on 16."""
     if not len(held_out.images):
         return None
-    count, learned, total = min(512, max(16, run.about["images"] // 8)), checkpoint.learned(run.about), 0.0
+    count, learned, total = (
+        min(512, max(16, run.about["images"] // 8)),
+        checkpoint.learned(run.about),
+        0.0,
+    )
     progress, done = Progress("loss on images held out", count, "images"), 0
     for x0, y, t, eps in batches.fixed(held_out, d.T, count, device, int(cfg.micro_batch)):
         with autocast(cfg, device):
@@ -42,7 +46,11 @@ def draw_grid(cfg, run, d, epoch):
     how = dict(steps=steps, clip=run.about["process"]["clip"])
     how.update(dict(variance="learned") if checkpoint.learned(run.about) else dict(eta=1.0))
     parts = [slice(i, i + int(cfg.micro_batch)) for i in range(0, len(y), int(cfg.micro_batch))]
-    progress, done, x0 = Progress("drawing a grid", steps * len(parts), "steps"), itertools.count(1), []
+    progress, done, x0 = (
+        Progress("drawing a grid", steps * len(parts), "steps"),
+        itertools.count(1),
+        [],
+    )
     for part in parts:
         with autocast(cfg, next(run.ema.parameters()).device):
             x0.append(sampling.sample(run.ema, d, run.about["shape"], range(len(y))[part],

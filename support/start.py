@@ -22,8 +22,10 @@ def load():
         try:
             importlib.import_module(package)
         except ModuleNotFoundError as error:
-            sys.exit(f"{name}: error: {error}; the first command of README.md installs it: then run "
-                     f".venv/bin/python {name}")
+            sys.exit(
+                f"{name}: error: {error}; the first command of README.md installs it: then run "
+                f".venv/bin/python {name}"
+            )
         except Exception as error:  # as of a variable such as TORCH_LOGS that torch cannot read
             why = " ".join(str(error).split())[:200] or type(error).__name__
             sys.exit(f"{name}: error: {package} cannot be loaded: {why}")

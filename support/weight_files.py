@@ -58,9 +58,14 @@ def read_safetensors(path):
     for name, (dtype, shape, first, last) in sorted(header.items(), key=lambda item: item[1][2:]):
         if first != end:
             raise Failure(f"{path}: damaged: {shown(name)} begins at {first:,}, and not at {end:,}")
-        weights[name], end = Weight(shape, reader(path, start + first, last - first, dtype, shape)), last
+        weights[name], end = (
+            Weight(shape, reader(path, start + first, last - first, dtype, shape)),
+            last,
+        )
     if start + end != size:
-        raise Failure(f"{path}: damaged: its tensors end at byte {start + end:,}, the file at {size:,}")
+        raise Failure(
+            f"{path}: damaged: its tensors end at byte {start + end:,}, the file at {size:,}"
+        )
     return weights
 
 
@@ -91,23 +96,32 @@ def parse_entry(name, entry):
     dtype, shape, span = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(f"{shown(name)}: of {shown(repr(dtype))}, and not of {', '.join(DTYPES)}")
-    if not all(isinstance(numbers, list) and all(type(n) is int and 0 <= n < 2**63 for n in numbers)
-               for numbers in (shape, span)) or len(span) != 2:
+    if (
+        not all(
+            isinstance(numbers, list) and all(type(n) is int and 0 <= n < 2**63 for n in numbers)
+            for numbers in (shape, span)
+        )
+        or len(span) != 2
+    ):
         raise ValueError(f"{shown(name)}: its shape or data_offsets are no whole numbers")
     if len(shape) > 8:  # the product of more would take its time
         raise ValueError(f"{shown(name)}: of {len(shape):,} dimensions")
     if span[1] - span[0] != math.prod(shape) * DTYPES[dtype].itemsize:
-        raise ValueError(f"{shown(name)}: {span[1] - span[0]:,} bytes, which are not those of its shape")
+        raise ValueError(
+            f"{shown(name)}: {span[1] - span[0]:,} bytes, which are not those of its shape"
+        )
     return DTYPES[dtype], tuple(shape), *span
 
 
 def reader(path, first, size, dtype, shape):
     """A function that reads one tensor out of the file."""
+
     def read():
         raw = np.fromfile(path, np.uint8, size, offset=first)
         if len(raw) != size:
             raise Failure(f"{path}: changed while it was read")
         return torch.from_numpy(raw).view(dtype).reshape(shape).float()
+
     return read
 
 
@@ -123,7 +137,9 @@ def write_safetensors(file, tensors, about):
     """Writes {name: float32 tensor}, and {name: text} about them, to a binary file."""
     header, end = {"__metadata__": {"format": "pt", **about}}, 0
     for name, tensor in tensors.items():
-        header[name] = dict(dtype="F32", shape=list(tensor.shape), data_offsets=[end, end + tensor.nbytes])
+        header[name] = dict(
+            dtype="F32", shape=list(tensor.shape), data_offsets=[end, end + tensor.nbytes]
+        )
         end += tensor.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # so that the data are aligned
@@ -134,8 +150,14 @@ def write_safetensors(file, tensors, about):
 
 # --- .bin and .ckpt: a pickle, and in a zip archive (since PyTorch 1.6) or behind it the numbers --
 
-PLAIN = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter",
-         "torch FloatStorage", "torch HalfStorage", "torch BFloat16Storage"}
+PLAIN = {
+    "collections OrderedDict",
+    "torch._utils _rebuild_tensor_v2",
+    "torch._utils _rebuild_parameter",
+    "torch FloatStorage",
+    "torch HalfStorage",
+    "torch BFloat16Storage",
+}
 LARGEST_PICKLE = 2 * 2**20  # bytes, without the numbers: some ten thousand tensors
 OLD = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")  # how a file from before PyTorch 1.6 begins
 LARGEST_OLD = 2 * 2**30  # bytes of a file that is not an archive, which is read at once
@@ -159,7 +181,9 @@ def read_pickled(path):
     except (OSError, MemoryError):
         raise
     except Exception:  # whatever a damaged or foreign file makes a reader raise
-        raise Failure(f"{path}: cannot be read as weights: damaged, or no file of PyTorch's") from None
+        raise Failure(
+            f"{path}: cannot be read as weights: damaged, or no file of PyTorch's"
+        ) from None
     return {name: Weight(tuple(t.shape), t.detach().float) for name, t in tensors.items()}
 
 
@@ -167,7 +191,11 @@ def check_tensor(name, tensor):
     """ValueError unless it is a plain tensor, which takes as many bytes as it has numbers."""
     if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
         raise ValueError(f"{shown(repr(name))} is no tensor")
-    if tensor.dtype not in DTYPES.values() or tensor.layout != torch.strided or tensor.device.type != "cpu":
+    if (
+        tensor.dtype not in DTYPES.values()
+        or tensor.layout != torch.strided
+        or tensor.device.type != "cpu"
+    ):
         raise ValueError(f"{shown(name)} is not a plain tensor of {', '.join(DTYPES)}")
     if not tensor.is_contiguous():  # one number may stand for a gigantic tensor
         raise ValueError(f"{shown(name)} is not contiguous")
@@ -186,7 +214,9 @@ def check_archive(path, plain=PLAIN):
         pickles = [member for member in members if member.filename.endswith("data.pkl")]
         if len(pickles) != 1 or pickles[0].file_size > LARGEST_PICKLE:
             raise ValueError("not an archive of PyTorch's")
-        check_pickle(io.BytesIO(archive.read(pickles[0])), plain)  # from memory, it takes half the time
+        check_pickle(
+            io.BytesIO(archive.read(pickles[0])), plain
+        )  # from memory, it takes half the time
 
 
 def check_end(path):

@@ -28,15 +28,21 @@ def place():
     found = {name: os.environ.get(name) or None for name in TORCHRUN}
     if (found["WORLD_SIZE"] or "1") == "1":
         return 0, 1
-    numbers = [int(found[name]) for name in NUMBERS if re.fullmatch("[0-9]{1,9}", found[name] or "")]
+    numbers = [
+        int(found[name]) for name in NUMBERS if re.fullmatch("[0-9]{1,9}", found[name] or "")
+    ]
     if len(numbers) < len(NUMBERS) or not found["MASTER_ADDR"]:
-        raise UsageError(f"the environment has WORLD_SIZE={found['WORLD_SIZE']}, but not what torchrun sets "
-                         f"({', '.join(TORCHRUN)}); start with torchrun, or unset WORLD_SIZE")
+        raise UsageError(
+            f"the environment has WORLD_SIZE={found['WORLD_SIZE']}, but not what torchrun sets "
+            f"({', '.join(TORCHRUN)}); start with torchrun, or unset WORLD_SIZE"
+        )
     rank, world, local, port = numbers
     if not (rank < world and local <= rank and 0 < port < 2**16):
         said = ", ".join(f"{name}={found[name]}" for name in NUMBERS)
-        raise UsageError(f"the environment has {said}, which no torchrun sets; start with torchrun, or unset "
-                         "WORLD_SIZE")
+        raise UsageError(
+            f"the environment has {said}, which no torchrun sets; start with torchrun, or unset "
+            "WORLD_SIZE"
+        )
     return rank, world
 
 
@@ -59,7 +65,9 @@ def share(batch_size):
     """Raises UsageError if the processes cannot share a batch evenly."""
     world = place()[1]
     if batch_size % world:
-        raise UsageError(f"--batch-size {batch_size} cannot be divided evenly among {world} processes")
+        raise UsageError(
+            f"--batch-size {batch_size} cannot be divided evenly among {world} processes"
+        )
 
 
 def own_device(name):
@@ -76,8 +84,11 @@ def meet(device):
         cuda = device.type == "cuda"
         on_ending_signals(signal.SIG_DFL)
         try:
-            dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=6),
-                                    device_id=device if cuda else None)
+            dist.init_process_group(
+                "nccl" if cuda else "gloo",
+                timeout=timedelta(hours=6),
+                device_id=device if cuda else None,
+            )
         finally:
             on_ending_signals(interrupter())
 

@@ -46,7 +46,9 @@ def pytest_addoption(parser):
         metavar="FILE",
         help="the same for improved.py (default: the one beside the judged ddpm.py, if any)",
     )
-    group.addoption("--only", metavar="SECTIONS", help=f"some of them: {','.join(closing.BUILDS_ON)}")
+    group.addoption(
+        "--only", metavar="SECTIONS", help=f"some of them: {','.join(closing.BUILDS_ON)}"
+    )
     group.addoption(
         "--precision",
         choices=["float64", "float32"],
@@ -77,7 +79,9 @@ def pytest_configure(config):
         judged.nothing("improved")
     mapping = config.getoption("--map")
     holder = (
-        judged.run(pathlib.Path(mapping).resolve(), "roles", "map") if mapping else config.modules["ddpm"]
+        judged.run(pathlib.Path(mapping).resolve(), "roles", "map")
+        if mapping
+        else config.modules["ddpm"]
     )
     judged.ROLES = getattr(holder, judged.MAP, None)
     if mapping and judged.ROLES is None:
@@ -122,4 +126,6 @@ def pytest_terminal_summary(terminalreporter, config):
             if found := names(config.modules[name], name):
                 terminalreporter.write_line(f"  {words}: {', '.join(found)}")
     if "improved" not in config.judged:
-        terminalreporter.write_line("not judged: improved.py, which is not there; --improved FILE names one")
+        terminalreporter.write_line(
+            "not judged: improved.py, which is not there; --improved FILE names one"
+        )

@@ -57,7 +57,14 @@ from support.data import cifar10, folder
 RUN = ("--log log.jsonl --limit 20 --batch-size 8 --epochs 4 --width 4 --timesteps 4 --dropout 0.1 "
        "--flip yes --sample-every 1 --precision fp32 --micro-batch 8 --device cpu").split()  # fmt: skip
 RESUME = "--resume ckpt.pt --log log.jsonl".split()
-ENDING = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGXCPU]
+ENDING = [
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGHUP,
+    signal.SIGQUIT,
+    signal.SIGUSR1,
+    signal.SIGXCPU,
+]
 SAMPLING = ["--ckpt", "ckpt.pt", "--out", "a.png", "--n", "4"]
 STEPS = 10
 
@@ -264,7 +271,10 @@ def sampling_interrupted(rng):
 def full_disk(rng):
     """No file may grow beyond so many bytes, while a run goes on from its second epoch."""
     half_way()
-    before, limit = pathlib.Path("ckpt.pt").read_bytes(), rng.randrange(2000, len(WHOLE_BYTES) - 2000)
+    before, limit = (
+        pathlib.Path("ckpt.pt").read_bytes(),
+        rng.randrange(2000, len(WHOLE_BYTES) - 2000),
+    )
     done = command(train, *RESUME,
                    fault=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))  # fmt: skip
     assert "ckpt.pt: " in done.refused()
@@ -290,7 +300,9 @@ def two_trainers(rng):
             reads += 1
     ends = [wait(process) for process in both]
     refused = [end for end in ends if end.status]
-    assert all(end.status == 1 and "another run is writing there" in end.err for end in refused), refused
+    assert all(end.status == 1 and "another run is writing there" in end.err for end in refused), (
+        refused
+    )
     assert reads and len(refused) + os.path.exists("ckpt.pt") + os.path.exists("ckpt.1.pt") == 2
     if refused and checkpoint.load("ckpt.pt")["config"]["seed"] == 0:
         resumes_exactly()
@@ -353,14 +365,18 @@ def one_process_dies(rng):
     workers = []
     for pid in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError):
-            about, call = (pathlib.Path(f"/proc/{pid}/{name}").read_text() for name in ("stat", "cmdline"))
+            about, call = (
+                pathlib.Path(f"/proc/{pid}/{name}").read_text() for name in ("stat", "cmdline")
+            )
             if int(about.rsplit(")", 1)[1].split()[1]) == torchrun.pid and "train.py" in call:
                 workers.append(int(pid))
     assert len(workers) == 2, workers
     os.kill(workers[rng.randrange(2)], signal.SIGKILL)
     out, err = torchrun.communicate(timeout=120)
-    said = "train.py: error: another process of this run has ended" in err or "stopped at step" in out
-    assert torchrun.returncode and said and "train.py\", line" not in err, out + err
+    said = (
+        "train.py: error: another process of this run has ended" in err or "stopped at step" in out
+    )
+    assert torchrun.returncode and said and 'train.py", line' not in err, out + err
     step = checkpoint.load("ckpt.pt")["step"]
     done = command(train, *RESUME, "--epochs", math.ceil((step + 1) * 8 / 20))
     assert done.status == 0 and f"from step {step}" in done.out, done
@@ -411,7 +427,9 @@ def foreign(rng):
     elif kind == 2:
         torch.save({"model": Owned(), "ddpm_format": 1}, file, _use_new_zipfile_serialization=False)
     elif kind == 3:
-        torch.save(ddpm.UNet(ch=4, groups=4, mult=(1,), attention=()).state_dict(), file)  # another project's
+        torch.save(
+            ddpm.UNet(ch=4, groups=4, mult=(1,), attention=()).state_dict(), file
+        )  # another project's
     elif kind == 4:
         with zipfile.ZipFile(file, "w") as archive:
             archive.writestr("archive/data.pkl", pickle.dumps(Owned()))
@@ -452,7 +470,9 @@ def corrupted_checkpoint(rng):
     for module, flags in (train, RESUME), (sample, ["--ckpt", "ckpt.pt", "--out", "a.png"]):
         line = command(module, *flags).refused()
         assert line.count("ckpt.pt: ") == 1, line
-    assert os.listdir() == ["ckpt.pt"] and pathlib.Path("ckpt.pt").read_bytes() == data, "something changed"
+    assert os.listdir() == ["ckpt.pt"] and pathlib.Path("ckpt.pt").read_bytes() == data, (
+        "something changed"
+    )
 
 
 def wrong_contents(rng):
@@ -464,8 +484,19 @@ def wrong_contents(rng):
         name = rng.choice(list(ckpt[part]))
         ckpt[part] = {**ckpt[part], name: torch.zeros(7, 7) if how == 1 else "not a tensor"}
     elif part == "network" and how:
-        ckpt[part] = {**ckpt[part], **rng.choice([{"ch": 10}, {"groups": 3}, {"mult": (1, 2)}, {"depth": 3},
-                                                  {"attention": None}, {"in_channels": 3}])}
+        ckpt[part] = {
+            **ckpt[part],
+            **rng.choice(
+                [
+                    {"ch": 10},
+                    {"groups": 3},
+                    {"mult": (1, 2)},
+                    {"depth": 3},
+                    {"attention": None},
+                    {"in_channels": 3},
+                ]
+            ),
+        }
     elif part == "config" and how:
         name = rng.choice(["schedule", "timesteps"])
         ckpt[part] = rng.choice([{}, {**ckpt[part], name: rng.choice(["none", None, -5, 0, [1]])}])
@@ -505,7 +536,11 @@ def picture(rng, side=40):
     elif mode == "LAB":
         image = Image.frombytes("LAB", image.size, image.convert("RGB").tobytes())
     else:
-        image = image.convert("RGB").convert(mode) if mode not in ("RGBA", "LA") else image.convert(mode)
+        image = (
+            image.convert("RGB").convert(mode)
+            if mode not in ("RGBA", "LA")
+            else image.convert(mode)
+        )
     file, extra = io.BytesIO(), {}
     if kind in ("GIF", "WEBP", "TIFF", "PNG") and mode != "I;16" and rng.random() < 0.3:
         extra = dict(save_all=True, append_images=[image, image])  # animated
@@ -519,12 +554,19 @@ def picture(rng, side=40):
 
 def bomb(width, height):
     """A PNG of a few bytes that says it is this large."""
+
     def chunk(name, data):
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        return (
+            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        )
 
     head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(1000)))
-            + chunk(b"IEND", b""))
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", head)
+        + chunk(b"IDAT", zlib.compress(bytes(1000)))
+        + chunk(b"IEND", b"")
+    )
 
 
 ALBUM = "--data album --size 8 --epochs 1 --width 4 --timesteps 2".split()
@@ -537,18 +579,32 @@ def hostile_image(rng):
         data = data[: rng.randrange(len(data))]
     elif kind in (2, 3):
         for _ in range(rng.randrange(1, 20)):
-            data[rng.randrange(min(len(data), 200 if kind == 2 else len(data)))] = rng.randrange(256)
+            data[rng.randrange(min(len(data), 200 if kind == 2 else len(data)))] = rng.randrange(
+                256
+            )
     elif kind == 4:
         big = 2**31 - 1
         data = bomb(*rng.choice([(20_000, 20_000), (big, big), (0, 5), (1, 2**30), (10**5, 10**3)]))
     elif kind == 5:
-        data = rng.choice([
-            b"", b"not an image", rng.randbytes(3000), bytes(3000), b"GIF89a", b"\xff\xd8\xff",
-            b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"<svg></svg>", b"%PDF-1.7"])
+        data = rng.choice(
+            [
+                b"",
+                b"not an image",
+                rng.randbytes(3000),
+                bytes(3000),
+                b"GIF89a",
+                b"\xff\xd8\xff",
+                b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+                b"<svg></svg>",
+                b"%PDF-1.7",
+            ]
+        )
     elif kind == 6:
         data = data[: len(data) // 2] + bytearray(picture(rng))
     os.mkdir("album")
-    name = rng.choice(["a b.png", "ünï.jpg", "line\nbreak.gif", "no suffix", "\udcff.bmp", "-x", "x" * 200])
+    name = rng.choice(
+        ["a b.png", "ünï.jpg", "line\nbreak.gif", "no suffix", "\udcff.bmp", "-x", "x" * 200]
+    )
     pathlib.Path("album", name).write_bytes(data)
     Image.new("RGB", (9, 9), "red").save("album/good.png")
     flags = [*ALBUM, "--sample-every", 0]
@@ -613,6 +669,7 @@ def many_files(rng):
         Image.new("RGB", (9, 9), ["red", "blue"][k]).save(f"album/{k}.png")
     for i in range(100_000 - 2):
         os.link(f"album/{i % 2}.png", f"album/x{i}.png")
+
     def load(path):
         began, base = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         images = folder.load("album", (8, 8), 3, "data", False)[0]
@@ -623,7 +680,9 @@ def many_files(rng):
 
     for name in ("first", "again"):
         assert command(train, *ALBUM, fault=lambda name=name: load(name), seconds=300).status == 0
-    (first, _), (again, _) = (json.loads(pathlib.Path(name).read_text()) for name in ("first", "again"))
+    (first, _), (again, _) = (
+        json.loads(pathlib.Path(name).read_text()) for name in ("first", "again")
+    )
     megabytes = max(json.loads(pathlib.Path(name).read_text())[1] for name in ("first", "again"))
     assert megabytes < 200 and again < first / 3, (first, again, megabytes)
     return f"read in {first:.0f} s, opened again in {again:.1f} s, {megabytes:.0f} MB"
@@ -636,8 +695,26 @@ SMALL = {
     sample: ["--ckpt", "ckpt.pt", "--out", "out.png", "--n", "2", "--device", "cpu"],
     evaluate: ["--ckpt", "ckpt.pt", "--n", "2", "--device", "cpu"],
 }
-TEXTS = st.text(st.characters(exclude_characters="\0"), max_size=8) | st.sampled_from([
-    "", " ", "-", "--", "-1", "=", "\n", "\t", "é", "٣", "\u202e", "💥", "a" * 300, "%s", "$HOME", "*"])
+TEXTS = st.text(st.characters(exclude_characters="\0"), max_size=8) | st.sampled_from(
+    [
+        "",
+        " ",
+        "-",
+        "--",
+        "-1",
+        "=",
+        "\n",
+        "\t",
+        "é",
+        "٣",
+        "\u202e",
+        "💥",
+        "a" * 300,
+        "%s",
+        "$HOME",
+        "*",
+    ]
+)
 NUMBERS = st.integers(-2, 9).map(str) | st.sampled_from([
     "4", "8", "16", "1e3", "2.5", "0.5", "1e-3", "1e30", "nan", "inf", "-inf", "1_0", "+3", "0x10", "²",
     "2147483647", "2147483649", "99999999999999999999", "1e400", "0.9999999", "-0"])  # fmt: skip
@@ -648,7 +725,8 @@ PATHS = st.sampled_from([
     ".hidden.png", "out.png/", "folder/../new.pt", "broken.pt"])  # fmt: skip
 WORDS = st.sampled_from(
     "yes no none cosine linear exponential beta beta_tilde ema raw auto cpu cpu:0 cpu:7 cuda cuda:99 mps "
-    "meta xla fp32 bf16 fp16 0 1 2 9 10 32 8x8 16x24 8x 0x8 x 1x1 7 64 glyphs cifar10 folder images".split())
+    "meta xla fp32 bf16 fp16 0 1 2 9 10 32 8x8 16x24 8x 0x8 x 1x1 7 64 glyphs cifar10 folder images".split()
+)
 
 
 @st.composite
@@ -663,7 +741,9 @@ def calls(draw):
             flags += [name] if f.type in (bool, bool | None) else [name, draw(fitting(f))]
         else:
             value = draw(NUMBERS | WORDS | PATHS | TEXTS)
-            flags += draw(st.sampled_from([[name, value], [f"{name}={value}"], [name], [value], ["-h"]]))
+            flags += draw(
+                st.sampled_from([[name, value], [f"{name}={value}"], [name], [value], ["-h"]])
+            )
     return module, flags
 
 
@@ -676,11 +756,16 @@ def fitting(f):
     whole = st.integers(0, 12).map(str) | st.sampled_from(["-1", "16"])
     if f.name != "epochs":  # which would be taken at its word
         whole |= st.just("2147483648")
-    return whole if f.type in (int, int | None) else st.sampled_from("0 0.1 0.5 0.999 1 1e-3 2 1e30".split())
+    return (
+        whole
+        if f.type in (int, int | None)
+        else st.sampled_from("0 0.1 0.5 0.999 1 1e-3 2 1e30".split())
+    )
 
 
 def wrong_call(rng):
     """Twenty command lines: status 0, 1 or 2; one line; nothing half-written, nothing clobbered."""
+
     @hypothesis.seed(rng.randrange(2**32))
     @hypothesis.settings(max_examples=20, deadline=None, database=None, phases=[hypothesis.Phase.generate],
                          suppress_health_check=list(hypothesis.HealthCheck))  # fmt: skip
@@ -700,7 +785,9 @@ def wrong_call(rng):
 
         def fault():
             cifar10.URL = "http://127.0.0.1:9/nothing"
-            torch._dynamo.config.disable = True  # --compile takes minutes, the first time on a machine
+            torch._dynamo.config.disable = (
+                True  # --compile takes minutes, the first time on a machine
+            )
 
         done = command(module, *flags, fault=fault, memory=6 << 30, seconds=100)
         assert done.status in (0, 1, 2), (call, done)
@@ -803,7 +890,9 @@ def main(word):
         if sum(counts[name]) == runs:
             note = f" ({remarks[name]})" if remarks[name] else ""
             print(f"| {name} | {how} | {runs} | {counts[name][0]}{note} |", flush=True)
-    print(f"\n{len(items) - lost} of {len(items)} faults survived, {time.monotonic() - began:.0f} s")
+    print(
+        f"\n{len(items) - lost} of {len(items)} faults survived, {time.monotonic() - began:.0f} s"
+    )
     return 1 if lost or not chosen else 0
 
 

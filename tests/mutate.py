@@ -97,7 +97,11 @@ def replacements(node):
         yield lambda: setattr(node, "test", ast.Constant(False))
     elif isinstance(node, ast.Call) and not is_refusal(node):  # which goes as a statement does
         if isinstance(node.func, ast.Attribute) and not isinstance(node.func.value, ast.Call):
-            yield lambda: node.args[0] if node.args and is_module(node.func.value) else node.func.value
+            yield (
+                lambda: (
+                    node.args[0] if node.args and is_module(node.func.value) else node.func.value
+                )
+            )
         elif isinstance(node.func, ast.Attribute):
             yield lambda: node.func.value
         elif node.args:
@@ -132,7 +136,9 @@ def scopes(tree, prefix):
         if isinstance(node, ast.FunctionDef):
             yield prefix + node.name, node
         elif isinstance(node, ast.ClassDef):
-            yield from ((f"{node.name}.{m.name}", m) for m in node.body if isinstance(m, ast.FunctionDef))
+            yield from (
+                (f"{node.name}.{m.name}", m) for m in node.body if isinstance(m, ast.FunctionDef)
+            )
 
 
 def children(node):
@@ -169,12 +175,23 @@ def mutants(file, word=""):
                     else:
                         getattr(parent, field)[i] = new
                 after = ast.unparse(new if isinstance(new, ast.AST) else node).splitlines()[0]
-                yield file, name, node.lineno, before, after, ast.unparse(ast.fix_missing_locations(tree))
+                yield (
+                    file,
+                    name,
+                    node.lineno,
+                    before,
+                    after,
+                    ast.unparse(ast.fix_missing_locations(tree)),
+                )
 
 
 def section(line):
     """The number of the section of ddpm.py that a line is in; 2 stands for 2, 3 and 4."""
-    heads = [text for text in (ROOT / "ddpm.py").read_text().splitlines()[:line] if text.startswith("# --- ")]
+    heads = [
+        text
+        for text in (ROOT / "ddpm.py").read_text().splitlines()[:line]
+        if text.startswith("# --- ")
+    ]
     return int(heads[-1][6])
 
 
@@ -213,9 +230,12 @@ def judged(file, every):
             print(f"SURVIVED line {line}, {key}\n         {reason or 'not explained'}", flush=True)
         elif "-v" in sys.argv:
             print(f"killed   line {line}, {key}\n         {test}", flush=True)
-    print(f"{file}: {killed} of {len(every)} generic mutants killed ({killed / len(every):.1%}), "
-          f"{len(every) - killed - unexplained} survivors explained, {unexplained} not; "
-          f"{time.monotonic() - began:.0f} s", flush=True)
+    print(
+        f"{file}: {killed} of {len(every)} generic mutants killed ({killed / len(every):.1%}), "
+        f"{len(every) - killed - unexplained} survivors explained, {unexplained} not; "
+        f"{time.monotonic() - began:.0f} s",
+        flush=True,
+    )
     return 1 if unexplained or killed < 0.97 * len(every) else 0
 
 

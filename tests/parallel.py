@@ -35,7 +35,10 @@ def pytest_runtestloop(session):
     try:
         for _ in range(n):
             reports, pipe = fork.Pipe(duplex=False)
-            ends = [*workers, reports]  # of the first process: a fork that kept them would not see it end
+            ends = [
+                *workers,
+                reports,
+            ]  # of the first process: a fork that kept them would not see it end
             workers[reports] = fork.Process(target=work, args=(session, groups, queue, pipe, ends))
             workers[reports].start()
             pipe.close()
@@ -89,7 +92,9 @@ class Sender:
     def pytest_warning_recorded(self, warning_message, when, nodeid, location):
         what = str(warning_message.message), warning_message.category.__name__
         where = warning_message.filename, warning_message.lineno
-        self.pipe.send(("warning", (*what, *where, dict(when=when, nodeid=nodeid, location=location))))
+        self.pipe.send(
+            ("warning", (*what, *where, dict(when=when, nodeid=nodeid, location=location)))
+        )
 
 
 def listen(session, workers):
@@ -114,7 +119,9 @@ def listen(session, workers):
             elif kind == "warning":
                 text, name, filename, line, how = data
                 message = warnings.WarningMessage(text, type(name, (Warning,), {}), filename, line)
-                hook.pytest_warning_recorded.call_historic(kwargs=dict(how, warning_message=message))
+                hook.pytest_warning_recorded.call_historic(
+                    kwargs=dict(how, warning_message=message)
+                )
             else:
                 report = hook.pytest_report_from_serializable(config=session.config, data=data)
                 hook.pytest_runtest_logreport(report=report)

@@ -32,7 +32,16 @@ def refuse_for_no_folder(name, **given):
             raise UsageError(f"{flag_name(flag)}: only a folder of images takes it, and not {name}")
 
 
-def load(name, part, data_dir="data", size=None, channels=None, skip_broken=False, labels=False, limit=None):
+def load(
+    name,
+    part,
+    data_dir="data",
+    size=None,
+    channels=None,
+    skip_broken=False,
+    labels=False,
+    limit=None,
+):
     """The images of a part of some data: "training" or "held out"; or "all", those of another folder; of
     glyphs and CIFAR-10, what is held out.
 
@@ -43,8 +52,11 @@ def load(name, part, data_dir="data", size=None, channels=None, skip_broken=Fals
     if name == "glyphs":  # each is drawn by chance, so that the first few are a choice
         n = 6_000 if train else 2_000
         images, numbers = glyphs.draw(min(n, limit or n), seed=0 if train else 1)
-        return Data(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(),
-                    torch.from_numpy(numbers).long(), list(glyphs.GLYPHS))
+        return Data(
+            torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(),
+            torch.from_numpy(numbers).long(),
+            list(glyphs.GLYPHS),
+        )
     if name == "cifar10":
         images, numbers = cifar10.load(data_dir, train)
         if limit:
@@ -52,10 +64,16 @@ def load(name, part, data_dir="data", size=None, channels=None, skip_broken=Fals
             images, numbers = images[few], numbers[few]
         classes = cifar10.CLASSES
     else:
-        images, files = folder.load(name, size, channels, data_dir, skip_broken, labels, part, limit)
+        images, files = folder.load(
+            name, size, channels, data_dir, skip_broken, labels, part, limit
+        )
         numbers, classes = folder.labels_of(name, files) if labels else (None, [])
     images = torch.from_numpy(images)
-    return Data(images, torch.from_numpy(numbers).long(), classes) if labels else Data(images, None, [])
+    return (
+        Data(images, torch.from_numpy(numbers).long(), classes)
+        if labels
+        else Data(images, None, [])
+    )
 
 
 def load_both(cfg, size):
@@ -85,21 +103,31 @@ def held_out(ckpt, name=None, data_dir="data", skip_broken=False, limit=None):
     so many. Raises Failure for a class that the network does not know, for a folder that has changed since
     the run began, and where nothing is left; UsageError for another shape.
     """
-    own, (C, H, W) = ckpt.get("config", {}).get("data"), ckpt["shape"]  # converted weights have no data
+    own, (C, H, W) = (
+        ckpt.get("config", {}).get("data"),
+        ckpt["shape"],
+    )  # converted weights have no data
     name = name or own
     if not name:
         raise UsageError("--data: this checkpoint does not say what it was trained on; name images")
     refuse_for_no_folder(name, skip_broken=skip_broken)
-    how = dict(data_dir=data_dir, size=(H, W), channels=C, labels=bool(ckpt["classes"]),
-               skip_broken=skip_broken or ckpt.get("config", {}).get("skip_broken") is True)
+    how = dict(
+        data_dir=data_dir,
+        size=(H, W),
+        channels=C,
+        labels=bool(ckpt["classes"]),
+        skip_broken=skip_broken or ckpt.get("config", {}).get("skip_broken") is True,
+    )
     ours = is_folder(name) and trained_on(ckpt, name, how)
     apart = not ours or ckpt.get("held_out", 0) > 0
     found = load(name, "held out" if ours and apart else "all", limit=limit, **how)
     if not len(found.images):
         raise Failure(f"--data {name}: holds no image that can be used")
     if tuple(found.images.shape[1:]) != (C, H, W):
-        raise UsageError(f"--data {name}: images of {tuple(found.images.shape[1:])}, but a network for "
-                         f"{(C, H, W)}")
+        raise UsageError(
+            f"--data {name}: images of {tuple(found.images.shape[1:])}, but a network for "
+            f"{(C, H, W)}"
+        )
     if not ckpt["classes"]:  # glyphs always bring labels; this network was trained without
         return Data(found.images, None, []), apart
     if (unknown := sorted(set(found.classes) - set(ckpt["classes"]))) and not ours:
@@ -121,8 +149,10 @@ def trained_on(ckpt, name, how):
     possible = ckpt["images"] <= most if how["skip_broken"] else ckpt["images"] == most
     same = possible and fingerprint(load(name, part, limit=limit, **how)) == ckpt["fingerprint"]
     if own and not same:
-        raise Failure(f"--data {name}: not the images with which this run began, so that nobody knows which "
-                      f"it held out; name others")
+        raise Failure(
+            f"--data {name}: not the images with which this run began, so that nobody knows which "
+            f"it held out; name others"
+        )
     return same
 
 

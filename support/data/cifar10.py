@@ -37,12 +37,16 @@ def load(data_dir, train):
     for name in names:
         raw = np.fromfile(folder / name, np.uint8)
         if len(raw) != BYTES:
-            raise Failure(f"{folder / name}: {len(raw):,} bytes, not {BYTES:,}; damaged: "
-                          f"delete {folder} and let it be downloaded again")
+            raise Failure(
+                f"{folder / name}: {len(raw):,} bytes, not {BYTES:,}; damaged: "
+                f"delete {folder} and let it be downloaded again"
+            )
         rows.append(raw.reshape(-1, 3073))
         if rows[-1][:, 0].max() > 9:
-            raise Failure(f"{folder / name}: a label is not one of 0 to 9; damaged: "
-                          f"delete {folder} and let it be downloaded again")
+            raise Failure(
+                f"{folder / name}: a label is not one of 0 to 9; damaged: "
+                f"delete {folder} and let it be downloaded again"
+            )
     rows = np.concatenate(rows)
     return rows[:, 1:].reshape(-1, 3, 32, 32), rows[:, 0]
 
@@ -55,8 +59,13 @@ def unpack(root):
         download(URL, archive)
     with open(archive, "rb") as file:
         if hashlib.file_digest(file, "md5").hexdigest() != MD5:
-            raise Failure(f"{archive}: not the published file (its MD5 differs); delete it and try again")
-    with tempfile.TemporaryDirectory(dir=root, prefix=".unpacking-") as partial, tarfile.open(archive) as tar:
+            raise Failure(
+                f"{archive}: not the published file (its MD5 differs); delete it and try again"
+            )
+    with (
+        tempfile.TemporaryDirectory(dir=root, prefix=".unpacking-") as partial,
+        tarfile.open(archive) as tar,
+    ):
         whole = pathlib.Path(partial) / FOLDER
         whole.mkdir()
         for name in TRAINING + TEST:
@@ -70,8 +79,10 @@ def download(url, path):
     Nothing that the server says is relied on: neither a length, nor that it ends, nor that it goes on.
     """
     try:
-        with (urllib.request.urlopen(url, timeout=30) as reply,
-              replacing(path, through_links=False) as file):
+        with (
+            urllib.request.urlopen(url, timeout=30) as reply,
+            replacing(path, through_links=False) as file,
+        ):
             progress, done = Progress(f"downloading {path.name}", ARCHIVE_BYTES, "bytes"), 0
             began = time.monotonic()
             while done <= ARCHIVE_BYTES and (chunk := reply.read1(1 << 20)):
@@ -84,7 +95,13 @@ def download(url, path):
             file.seek(0)
             if hashlib.file_digest(file, "md5").hexdigest() != MD5:
                 raise ConnectionError(f"{done:,} bytes came, which are not the published file")
-    except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
+    except (
+        urllib.error.URLError,
+        http.client.HTTPException,
+        TimeoutError,
+        ConnectionError,
+    ) as error:
         raise Failure(
             f"cannot download CIFAR-10 ({getattr(error, 'reason', error)}): connect to a network; or put "
-            f"{url} at {path}; or name the folder that holds {FOLDER}/ with --data-dir") from None
+            f"{url} at {path}; or name the folder that holds {FOLDER}/ with --data-dir"
+        ) from None

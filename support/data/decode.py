@@ -39,8 +39,10 @@ def decode_all(files, size, channels, out, skip_broken, none=False):
                     broken.append(some[i])
                     if not skip_broken:
                         pool.shutdown(wait=False, cancel_futures=True)
-                        raise Failure(f"{some[i]}: {pixels}; remove it, or leave such files out with "
-                                      f"--skip-broken")
+                        raise Failure(
+                            f"{some[i]}: {pixels}; remove it, or leave such files out with "
+                            f"--skip-broken"
+                        )
                 else:
                     out.write(pixels)
                     whole.append(first + i)
@@ -50,8 +52,10 @@ def decode_all(files, size, channels, out, skip_broken, none=False):
     if len(broken) == len(files) and not none:
         raise Failure(f"{files[0].parent}: none of its {len(files)} files is an image")
     if broken:
-        note(f"left out {len(broken)} of {len(files)} files that are no images, such as "
-             f"{printable(broken[0])}")
+        note(
+            f"left out {len(broken)} of {len(files)} files that are no images, such as "
+            f"{printable(broken[0])}"
+        )
 
 
 def decode(path, size, channels):
@@ -72,7 +76,9 @@ def decode(path, size, channels):
         raise Failure(f"{path}: the memory is too small to read it") from None
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            image.draft("RGB", (2 * max(size), 2 * max(size)))  # lets JPEG skip detail that the size drops
+            image.draft(
+                "RGB", (2 * max(size), 2 * max(size))
+            )  # lets JPEG skip detail that the size drops
             image = in_srgb(eight_bits(ImageOps.exif_transpose(image), image.format))
             if image.has_transparency_data:
                 image = image.convert("RGBA")
@@ -90,7 +96,15 @@ def decode(path, size, channels):
 
 def unknown(data):
     """What to say of bytes whose format Pillow does not know."""
-    if data[4:8] == b"ftyp" and data[8:12] in (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1"):
+    if data[4:8] == b"ftyp" and data[8:12] in (
+        b"heic",
+        b"heix",
+        b"hevc",
+        b"heim",
+        b"heis",
+        b"mif1",
+        b"msf1",
+    ):
         return "HEIC is read once the package pillow-heif is installed"
     if data.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")):
         return "JPEG XL is read once the package pillow-jxl-plugin is installed"
@@ -114,8 +128,10 @@ def eight_bits(image, format):
     if image.mode == "I" and format not in ("PNG", "PPM"):  # their 16 bits may come as 32
         raise ValueError("32-bit integers have no known range; save it with 8 or 16 bits")
     if top == 1 and (values.min() < -1 or values.max() > 2):  # a filter may overshoot by a little
-        raise ValueError(f"its floats go from {values.min():g} to {values.max():g}, and 0 to 1 is expected; "
-                         f"save it with 8 or 16 bits")
+        raise ValueError(
+            f"its floats go from {values.min():g} to {values.max():g}, and 0 to 1 is expected; "
+            f"save it with 8 or 16 bits"
+        )
     return Image.fromarray((values.clip(0, top) * (255 / top)).round().astype(np.uint8))
 
 
@@ -129,7 +145,9 @@ def in_srgb(image):
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         mode = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}[source.profile.xcolor_space]
         plain = image if image.mode == mode else image.convert(mode)
-        plain = ImageCms.profileToProfile(plain, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        plain = ImageCms.profileToProfile(
+            plain, source, ImageCms.createProfile("sRGB"), outputMode="RGB"
+        )
     except (ImageCms.PyCMSError, KeyError, OSError, ValueError):
         return image
     plain.info.pop("icc_profile", None)

@@ -26,8 +26,10 @@ def parse_size(text):
         if H < 1 or W < 1 or H * W > 2**22 or text.lower().count("x") > 1:
             raise ValueError
     except ValueError:
-        raise UsageError(f"--size {text}: must be one number or HEIGHTxWIDTH, such as 64 or 48x64, of at "
-                         f"most 2048x2048 pixels") from None
+        raise UsageError(
+            f"--size {text}: must be one number or HEIGHTxWIDTH, such as 64 or 48x64, of at "
+            f"most 2048x2048 pixels"
+        ) from None
     return H, W
 
 
@@ -55,7 +57,9 @@ def load(folder, size, channels, cache_dir, skip_broken, labelled=False, part="a
             out.seek(0)
             out.write(checksum(out))
             if stamps(files) != state or listed(folder) != every:
-                raise Failure(f"--data {folder}: changed while it was read; start again when it is at rest")
+                raise Failure(
+                    f"--data {folder}: changed while it was read; start again when it is at rest"
+                )
         whole = cached(cache, channels * H * W, len(files))
     if not len(whole):  # of the few that are held out, all may be broken
         return np.empty((0, channels, H, W), np.uint8), []
@@ -119,7 +123,9 @@ def labels_of(folder, files):
     """Labels (N,) and names of the classes, which are the folders right under `folder`."""
     names = [path.relative_to(folder).parts[:-1] for path in files]
     if () in names:
-        raise Failure(f"{files[names.index(())]}: is in no subfolder of --data, and those are the classes")
+        raise Failure(
+            f"{files[names.index(())]}: is in no subfolder of --data, and those are the classes"
+        )
     classes = sorted({name[0] for name in names})
     number = {name: k for k, name in enumerate(classes)}
     return np.array([number[name[0]] for name in names]), classes
@@ -131,13 +137,24 @@ def visible_files(root):
     link to nothing is kept, as a broken file."""
     seen = {os.path.realpath(root)}
     for folder, names, files in os.walk(root, followlinks=True, onerror=reraise):
-        names.sort(key=lambda name, folder=folder: (os.path.islink(os.path.join(folder, name)), name))
-        names[:] = [name for name in names if not name.startswith(".")
-                    and (real := os.path.realpath(os.path.join(folder, name))) not in seen
-                    and not seen.add(real)]
-        paths = (os.path.join(folder, name) for name in files
-                 if not name.startswith(".") and not name.endswith(".u8"))
-        yield from (pathlib.Path(path) for path in paths if os.path.isfile(path) or not os.path.exists(path))
+        names.sort(
+            key=lambda name, folder=folder: (os.path.islink(os.path.join(folder, name)), name)
+        )
+        names[:] = [
+            name
+            for name in names
+            if not name.startswith(".")
+            and (real := os.path.realpath(os.path.join(folder, name))) not in seen
+            and not seen.add(real)
+        ]
+        paths = (
+            os.path.join(folder, name)
+            for name in files
+            if not name.startswith(".") and not name.endswith(".u8")
+        )
+        yield from (
+            pathlib.Path(path) for path in paths if os.path.isfile(path) or not os.path.exists(path)
+        )
 
 
 def reraise(error):

@@ -31,5 +31,7 @@ def master(glyph, side):
     image, font = Image.new("L", (side, side)), ImageFont.load_default(size=70)
     pen = ImageDraw.Draw(image)
     left, top, right, bottom = pen.textbbox((0, 0), glyph, font, stroke_width=1)
-    pen.text(((side - left - right) / 2, (side - top - bottom) / 2), glyph, 255, font, stroke_width=1)
+    pen.text(
+        ((side - left - right) / 2, (side - top - bottom) / 2), glyph, 255, font, stroke_width=1
+    )
     return image

@@ -13,8 +13,10 @@ def linear_schedule(T=1000, beta_1=None, beta_T=None):
     absent_if(beta_1 is not None, "other ends than 0.1 / T and 20 / T")
     return table(library.linear_beta_schedule(T), 0.0)
 
+
 def cosine_schedule(T=1000, s=0.008):
     return table(library.cosine_beta_schedule(T, s), 0.0)
+
 
 class Model(torch.nn.Module):
     """A model (xt, t) of images of any shape, as theirs of (B, 1, 1, N)."""
@@ -29,12 +31,20 @@ class Model(torch.nn.Module):
     def forward(self, xt, t, _):
         return self.model(xt.reshape(self.shape), t + 1).reshape(xt.shape)
 
+
 class Diffusion:
     def __init__(self, beta):
         self.betas = torch.as_tensor(beta)[1:]
         d = self.theirs()
-        self.T, self.beta, self.alpha = d.num_timesteps, table(d.betas, 0.0), table(1 - d.betas, 1.0)
-        self.alpha_bar, self.beta_tilde = table(d.alphas_cumprod, 1.0), table(d.posterior_variance, torch.nan)
+        self.T, self.beta, self.alpha = (
+            d.num_timesteps,
+            table(d.betas, 0.0),
+            table(1 - d.betas, 1.0),
+        )
+        self.alpha_bar, self.beta_tilde = (
+            table(d.alphas_cumprod, 1.0),
+            table(d.posterior_variance, torch.nan),
+        )
 
     def theirs(self, model=None, shape=(), **how):
         with mock.patch.object(library, "linear_beta_schedule", lambda T: self.betas):
@@ -58,21 +68,25 @@ class Diffusion:
         d = self.theirs(lambda xt, t: eps, xt.shape)
         return d.p_mean_variance(xt, from_0(t, xt), clip_denoised=clip)[0]
 
+
 def loss_simple(model, d, x0, t=None, eps=None):
     flat, d = x0.reshape(len(x0), 1, 1, -1), d.theirs(model, x0.shape)
     t = d.random_times(len(x0)) if t is None else from_0(t, x0)
     return d.p_losses(flat, t, None if eps is None else eps.reshape(flat.shape))
+
 
 def states(loop, xt):
     """What the loop makes of xt, which it would draw itself."""
     with mock.patch.object(torch, "randn", lambda *_, **__: xt):
         return loop(xt.shape, return_all_timesteps=True).unbind(1)[1:]
 
+
 def sample_ancestral(model, d, xt, sigma2=None, clip=True, generator=None, on_step=None):
     """p_sample_loop, which draws from the global generator, clips, and takes beta_tilde."""
     absent_if(not clip, "sampling without clipping")
     absent_if(sigma2 is not None and sigma2 is not d.beta_tilde, "another variance than beta_tilde")
     return report(states(d.theirs(model, xt.shape).p_sample_loop, xt), range(1, d.T + 1), on_step)
+
 
 def sample_ddim(model, d, xt, grid, eta=0.0, clip=True, generator=None, on_step=None):
     """ddim_sample, which does as p_sample_loop, on one grid for each number of steps."""
@@ -81,6 +95,7 @@ def sample_ddim(model, d, xt, grid, eta=0.0, clip=True, generator=None, on_step=
     absent_if([0, *grid] != even.tolist(), "another grid than the even one")
     how = {"sampling_timesteps": len(grid), "ddim_sampling_eta": eta}
     return report(states(d.theirs(model, xt.shape, **how).ddim_sample, xt), grid, on_step)
+
 
 def timestep_embedding(t, dim):
     return library.SinusoidalPosEmb(dim)(t)

@@ -15,16 +15,21 @@ from diffusers.utils.torch_utils import randn_tensor
 def linear_schedule(T=1000, beta_1=1e-4, beta_T=0.02):
     return table(DDPMScheduler(T, beta_1, beta_T, beta_schedule="linear").betas, 0.0)
 
+
 def cosine_schedule(T=1000, s=0.008):
     absent_if(s != 0.008, "another s than 0.008")
     return table(DDPMScheduler(T, beta_schedule="squaredcos_cap_v2").betas, 0.0)
+
 
 class Diffusion:
     def __init__(self, beta):
         self.betas = torch.as_tensor(beta)[1:].tolist()
         scheduler = self.scheduler()
         self.T, self.beta = len(self.betas), table(scheduler.betas, 0.0)
-        self.alpha, self.alpha_bar = table(scheduler.alphas, 1.0), table(scheduler.alphas_cumprod, 1.0)
+        self.alpha, self.alpha_bar = (
+            table(scheduler.alphas, 1.0),
+            table(scheduler.alphas_cumprod, 1.0),
+        )
 
     @functools.cached_property
     def beta_tilde(self):
@@ -54,18 +59,26 @@ class Diffusion:
     def x0_from_eps(self, xt, t, eps):
         return self.step(xt, t, eps, "pred_original_sample")
 
+
 def noise_like(x, generator=None):
     return randn_tensor(x.shape, generator=generator, dtype=x.dtype)
+
 
 def states(scheduler, model, xt, **how):
     for t in scheduler.timesteps.tolist():
         xt = scheduler.step(model(xt, torch.full((len(xt),), t + 1)), t, xt, **how).prev_sample
         yield xt
 
+
 def sample_ancestral(model, d, xt, sigma2=None, clip=True, generator=None, on_step=None):
-    how = {} if sigma2 is None else {"variance_type": kind_of(sigma2, d, "fixed_large", "fixed_small")}
+    how = (
+        {}
+        if sigma2 is None
+        else {"variance_type": kind_of(sigma2, d, "fixed_large", "fixed_small")}
+    )
     chain = states(d.scheduler(clip=clip, **how), model, xt, generator=generator)
     return report(chain, range(1, d.T + 1), on_step)
+
 
 def ddim_grid(T, n, spacing="trailing"):
     """The grid that set_timesteps makes: with spacing="trailing" it begins at T, as sample_ddim does."""
@@ -73,17 +86,24 @@ def ddim_grid(T, n, spacing="trailing"):
     scheduler.set_timesteps(n)
     return (scheduler.timesteps + 1).tolist()[::-1]
 
+
 def sample_ddim(model, d, xt, grid, eta=0.0, clip=True, generator=None, on_step=None):
     """Only grids that set_timesteps makes: from one of their steps it goes to t - T // n."""
-    spacings = [s for s in ("trailing", "leading", "linspace") if ddim_grid(d.T, len(grid), s) == [*grid]]
+    spacings = [
+        s for s in ("trailing", "leading", "linspace") if ddim_grid(d.T, len(grid), s) == [*grid]
+    ]
     absent_if(not spacings, f"the grid {grid} of {d.T} steps")
     scheduler = d.scheduler(DDIMScheduler, clip, timestep_spacing=spacings[0])
     scheduler.set_timesteps(len(grid))
-    chain = states(scheduler, model, xt, eta=eta, generator=generator, use_clipped_model_output=clip)
+    chain = states(
+        scheduler, model, xt, eta=eta, generator=generator, use_clipped_model_output=clip
+    )
     return report(chain, grid, on_step)
+
 
 def timestep_embedding(t, dim):
     return get_timestep_embedding(t, dim, flip_sin_to_cos=False, downscale_freq_shift=1)
+
 
 class UNet(UNet2DModel):
     def __init__(self, in_channels=3, out_channels=None, ch=128, mult=(1, 2, 2, 2), blocks=2, attention=(1,),

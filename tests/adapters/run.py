@@ -17,7 +17,9 @@ import sys
 
 HERE = pathlib.Path(__file__).resolve().parent
 NAMES = ("diffusers", "denoising_diffusion_pytorch", "improved_diffusion")
-SECTIONS = "schedules,forward,posterior,parametrisation,loss,ancestral,ddim,bound,network,single_step"
+SECTIONS = (
+    "schedules,forward,posterior,parametrisation,loss,ancestral,ddim,bound,network,single_step"
+)
 
 
 def judge(name, precision, flags):
@@ -43,9 +45,14 @@ def judge(name, precision, flags):
     done = subprocess.run(command, text=True, capture_output=True, cwd=HERE.parent.parent)
     said = done.stdout[done.stdout.find("section  ") if not flags else 0 :]
     table = [
-        line for line in said.splitlines() if flags or not line.startswith(("FAILED", "rule broken", "=="))
+        line
+        for line in said.splitlines()
+        if flags or not line.startswith(("FAILED", "rule broken", "=="))
     ]
-    return "\n".join(table) if done.returncode in (0, 1) else done.stderr.strip(), done.returncode in (0, 1)
+    return "\n".join(table) if done.returncode in (
+        0,
+        1,
+    ) else done.stderr.strip(), done.returncode in (0, 1)
 
 
 def main(arguments):

@@ -22,11 +22,15 @@ RESIDUAL = "test_residual_block_is_norm_silu_conv_twice_around_the_embedding"
 BLOCK = [*NETWORK, ("test_9_network", RESIDUAL, 8, 12),
          ("test_9_network", "test_dropout_acts_just_before_the_last_convolution_of_a_residual_block"),
          ("test_9_network", "test_appB_dropout_is_a_tenth_by_default")]  # fmt: skip
-BOUND = [("test_8_bound", test) for test in (
-    "test_eq5_with_exact_eps_sigma2_beta_costs_the_kl_of_the_two_variances",
-    "test_eq5_each_kl_term_compares_the_posterior_with_the_models_step_at_the_same_xt",
-    "test_eq5_every_variance_is_judged_on_the_one_draw_of_each_xt",
-    "test_bound_clips_x0_as_the_sampler_does")]
+BOUND = [
+    ("test_8_bound", test)
+    for test in (
+        "test_eq5_with_exact_eps_sigma2_beta_costs_the_kl_of_the_two_variances",
+        "test_eq5_each_kl_term_compares_the_posterior_with_the_models_step_at_the_same_xt",
+        "test_eq5_every_variance_is_judged_on_the_one_draw_of_each_xt",
+        "test_bound_clips_x0_as_the_sampler_does",
+    )
+]
 
 EQUAL = {
     "queries, keys and values in one convolution": ("""

@@ -84,7 +84,9 @@ def test_an_image_that_does_not_fit_is_refused_with_a_size_that_does(net, monkey
         trial(net, monkeypatch, lambda bf16, n: 1e-3, 300_000, batch=1)
     with pytest.raises(Failure, match="--batch-size 64: its images alone take 14 MB"):
         trial(net, monkeypatch, lambda bf16, n: 1e-3, 1000)
-    with pytest.raises(Failure, match=r"--micro-batch 50: more than the .* that are free; 1 or auto"):
+    with pytest.raises(
+        Failure, match=r"--micro-batch 50: more than the .* that are free; 1 or auto"
+    ):
         trial(net, monkeypatch, lambda bf16, n: 1e-3, 2 * free, at_a_time="50")
 
 
@@ -110,7 +112,9 @@ def test_the_free_memory_is_the_least_that_any_limit_leaves(monkeypatch, files, 
 def test_fewer_images_at_a_time_are_taken_where_fewer_are_faster(net, monkeypatch):
     cost = trial(net, monkeypatch, lambda bf16, n: 0.01 * (1 + abs(n - 8)))
     assert cost.images == 8 and cost.seconds == pytest.approx(64 * 0.01)
-    assert trial(net, monkeypatch, lambda bf16, n: 30.0).images == 1  # a step of a minute is tried once
+    assert (
+        trial(net, monkeypatch, lambda bf16, n: 30.0).images == 1
+    )  # a step of a minute is tried once
 
 
 @pytest.mark.parametrize("half, name", [(0.5, "bf16"), (0.97, "fp32"), (1.8, "fp32")])
@@ -134,8 +138,20 @@ def test_the_trial_leaves_network_and_generators_as_they_were(net):
 def test_images_a_few_at_a_time_make_the_step_of_the_whole_batch(call):
     """Three at a time, of batches of 16: the same losses, but for the order of sums."""
     for few in (3, 16):
-        status, out, err = call(train, *TINY, "--epochs", 2, "--micro-batch", few, "--out", f"{few}.pt",
-                                "--log", f"{few}.jsonl", "--variance", "learned")
+        status, out, err = call(
+            train,
+            *TINY,
+            "--epochs",
+            2,
+            "--micro-batch",
+            few,
+            "--out",
+            f"{few}.pt",
+            "--log",
+            f"{few}.jsonl",
+            "--variance",
+            "learned",
+        )
         assert status == 0 and f"{few} images at a time" in out, err
     a, b = ([json.loads(line)["loss"] for line in pathlib.Path(name).read_text().splitlines()]
             for name in ("3.jsonl", "16.jsonl"))  # fmt: skip
@@ -147,7 +163,12 @@ def test_the_gradients_of_parts_add_up_to_that_of_the_batch(micro):
     """By a step of plain gradient descent, which is the gradient itself; a part counts by its size."""
     torch.manual_seed(0)
     first, d = ddpm.UNet(**dict(SMALL, dropout=0.0)), ddpm.Diffusion(ddpm.cosine_schedule(20))
-    batch = torch.rand(8, 3, 16, 16) * 2 - 1, None, torch.randint(1, 21, (8,)), torch.randn(8, 3, 16, 16)
+    batch = (
+        torch.rand(8, 3, 16, 16) * 2 - 1,
+        None,
+        torch.randint(1, 21, (8,)),
+        torch.randn(8, 3, 16, 16),
+    )
     after = []
     for few in (micro, None):
         net, ema = copy.deepcopy(first), copy.deepcopy(first)
@@ -162,6 +183,7 @@ def test_the_gradients_of_parts_add_up_to_that_of_the_batch(micro):
 
 def test_a_resumed_run_keeps_what_its_trial_chose(call, monkeypatch):
     """The precision and the images at a time; a flag can change them."""
+
     def timed(net, shape, n, device, bf16):
         return (0.001 if bf16 else 0.01) * (1 + abs(n - 4))
 

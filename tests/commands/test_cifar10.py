@@ -63,7 +63,11 @@ def test_cifar10_is_found_unpacked_with_its_pixels_in_place(cifar):
     assert data.load("cifar10", **few).labels is None
     _, labels, classes = data.load("cifar10", **few, labels=True)
     chosen = folder.chosen(10, "all", 7)
-    assert labels.tolist() == raw[::3073][chosen].tolist() and classes[3:6] == ["cat", "deer", "dog"]
+    assert labels.tolist() == raw[::3073][chosen].tolist() and classes[3:6] == [
+        "cat",
+        "deer",
+        "dog",
+    ]
     assert len(set(chosen)) == 7 and chosen != list(range(7))
 
 
@@ -113,7 +117,11 @@ def test_cifar10_with_a_label_above_9_is_refused(cifar, call):
     raw[3073] = 10
     path.write_bytes(raw)
     status, _, err = call(train, "--data", "cifar10", "--data-dir", cifar)
-    assert status == 1 and err.count("\n") == 1 and "data_batch_3.bin: a label is not one of 0 to 9" in err
+    assert (
+        status == 1
+        and err.count("\n") == 1
+        and "data_batch_3.bin: a label is not one of 0 to 9" in err
+    )
 
 
 class Server(http.server.BaseHTTPRequestHandler):
@@ -146,7 +154,9 @@ def test_a_download_has_a_limit_and_a_deadline_whatever_the_server_says(call, mo
     handler = type("Handler", (Server,), dict(length=length, pause=pause))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
         threading.Thread(target=httpd.serve_forever, daemon=True).start()
-        monkeypatch.setattr(cifar10, "URL", f"http://127.0.0.1:{httpd.server_port}/cifar-10-binary.tar.gz")
+        monkeypatch.setattr(
+            cifar10, "URL", f"http://127.0.0.1:{httpd.server_port}/cifar-10-binary.tar.gz"
+        )
         status, _, err = call(train, "--data", "cifar10", "--data-dir", "new")
         httpd.shutdown()
     assert status == 1 and err.count("\n") == 1 and words in err, err

@@ -62,7 +62,9 @@ def safetensors(tensors, **header):
                              data_offsets=[end, end + tensor.nbytes])  # fmt: skip
         end += tensor.nbytes
     text = json.dumps(entries | header).encode()
-    data = b"".join(bytes(tensor.contiguous().view(torch.uint8).numpy()) for tensor in tensors.values())
+    data = b"".join(
+        bytes(tensor.contiguous().view(torch.uint8).numpy()) for tensor in tensors.values()
+    )
     return len(text).to_bytes(8, "little") + text + data
 
 
@@ -100,7 +102,9 @@ def test_a_converted_network_samples_what_diffusers_samples(call, theirs):
     xT = torch.randn(4, 3, 8, 8, generator=generator)
     sigma2 = getattr(d, ckpt["process"]["variance"])
     x0 = ddpm.sample_ancestral(net, d, xT, sigma2, ckpt["process"]["clip"], generator)
-    close("x0", x0.numpy(), np.load(theirs / "outputs.npz")["x0"], 1e-4, 1.0)  # 1e-5 a step, 20 steps
+    close(
+        "x0", x0.numpy(), np.load(theirs / "outputs.npz")["x0"], 1e-4, 1.0
+    )  # 1e-5 a step, 20 steps
 
 
 def old_names(tensors):
@@ -117,9 +121,13 @@ def convolutions(tensors):
             for key, t in tensors.items()}  # fmt: skip
 
 
-@pytest.mark.parametrize("change", [old_names, convolutions, lambda both: old_names(convolutions(both))])
+@pytest.mark.parametrize(
+    "change", [old_names, convolutions, lambda both: old_names(convolutions(both))]
+)
 @pytest.mark.parametrize("kind", ["safetensors", "bin", "bin before PyTorch 1.6"])
-def test_both_generations_of_attention_and_all_formats_hold_the_same_network(call, theirs, change, kind):
+def test_both_generations_of_attention_and_all_formats_hold_the_same_network(
+    call, theirs, change, kind
+):
     expected, tensors = converted(call, theirs)[0], change(tensors_of(theirs))
     assert tensors.keys() != tensors_of(theirs).keys() or change is convolutions
     (theirs / WEIGHTS).unlink()
@@ -168,22 +176,33 @@ def test_schedules_are_those_of_diffusers(call, theirs, settings, beta):
     change(theirs, "scheduler/scheduler_config.json", **settings)
     ckpt, _, d = converted(call, theirs)
     close("beta", d.beta[1:].numpy(), beta, 1e-12, 1.0)
-    named = {"linear": "linear", "squaredcos_cap_v2": "cosine"}.get(settings.get("beta_schedule"), "table")
+    named = {"linear": "linear", "squaredcos_cap_v2": "cosine"}.get(
+        settings.get("beta_schedule"), "table"
+    )
     assert ckpt["process"]["schedule"] == named
 
 
 @pytest.mark.parametrize("theirs_say, here", [("fixed_large", "beta"), ("fixed_small", "beta_tilde"),
                                               ("fixed_small_log", "beta_tilde")])  # fmt: skip
-def test_variance_and_clipping_that_came_with_weights_are_the_defaults(call, theirs, theirs_say, here):
+def test_variance_and_clipping_that_came_with_weights_are_the_defaults(
+    call, theirs, theirs_say, here
+):
     """sample.py without --variance draws what Algorithm 2 draws with them."""
-    change(theirs, "scheduler/scheduler_config.json", variance_type=theirs_say, clip_sample=here == "beta")
+    change(
+        theirs,
+        "scheduler/scheduler_config.json",
+        variance_type=theirs_say,
+        clip_sample=here == "beta",
+    )
     _, net, d = converted(call, theirs)
     status, out, err = call(sample, "--ckpt", "new.pt", "--out", "x.npz", "--n", 2, "--device", "cpu",
                             "--precision", "fp32")  # fmt: skip
     assert status == 0 and f"sigma^2 = {here}, converted weights" in out, (out, err)
     drawn = [sampling.sample(net, d, (3, 8, 8), range(2), variance=variance, clip=clip)
              for variance in ("beta", "beta_tilde") for clip in (True, False)]  # fmt: skip
-    pixels = [((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy() for x in drawn]
+    pixels = [
+        ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy() for x in drawn
+    ]
     same = [np.array_equal(np.load("x.npz")["arr_0"], one) for one in pixels]
     assert same == [here == "beta", False, False, here == "beta_tilde"]
 
@@ -199,7 +218,9 @@ def test_evaluate_takes_converted_weights_and_asks_for_images(call, theirs, tmp_
     clips, bound_terms = [], ddpm.bound_terms
     monkeypatch.setattr(ddpm, "bound_terms", lambda *a: clips.append(a[4]) or bound_terms(*a))
     status, out, err = call(evaluate, "--ckpt", "new.pt", "--data", tmp_path / "images")
-    assert status == 0 and "converted weights" in out and out.count("±") == 8 and clips == [False], err
+    assert (
+        status == 0 and "converted weights" in out and out.count("±") == 8 and clips == [False]
+    ), err
 
 
 def test_a_checkpoint_goes_to_diffusers_and_back_bit_for_bit(call, trained):
@@ -244,7 +265,9 @@ def test_learned_variances_are_rescaled_on_both_ways(call, learned, tmp_path):
     close("eps", out[:, 0].numpy(), own[:, 0].numpy(), 1e-6, 1.0)
     close("v", (out[:, 1].numpy() + 1) / 2, own[:, 1].numpy(), 1e-6, 1.0)
     back = converted(call, tmp_path / "theirs")[0]["ema"]
-    assert torch.equal(back["conv_out.weight"], ours["conv_out.weight"])  # times 2, and half of that
+    assert torch.equal(
+        back["conv_out.weight"], ours["conv_out.weight"]
+    )  # times 2, and half of that
     close("v's bias", back["conv_out.bias"].numpy(), ours["conv_out.bias"].numpy(), 1e-6, 1.0)
     settings = json.loads((tmp_path / "theirs" / "scheduler_config.json").read_text())
     assert settings["variance_type"] == "learned_range"
@@ -255,7 +278,9 @@ def test_a_schedule_without_a_name_in_diffusers_goes_there_as_its_table(call, tm
     assert call(convert, "--ckpt", "ckpt.pt", "--out", "theirs/")[0] == 0
     settings = json.loads((tmp_path / "theirs" / "scheduler_config.json").read_text())
     assert settings["trained_betas"] == ddpm.exponential_schedule(20)[1:].tolist()
-    assert torch.equal(converted(call, "theirs")[0]["process"]["beta"], ddpm.exponential_schedule(20))
+    assert torch.equal(
+        converted(call, "theirs")[0]["process"]["beta"], ddpm.exponential_schedule(20)
+    )
 
 
 def test_the_authors_weights_are_told_apart_by_their_names_and_shapes(call, tmp_path, monkeypatch):
@@ -268,18 +293,28 @@ def test_the_authors_weights_are_told_apart_by_their_names_and_shapes(call, tmp_
         net = ddpm.UNet(**network)
         names = diffusers_format.names(network, diffusers_format.AUTHORS)
         tensors = {names[name][0]: tensor for name, tensor in net.state_dict().items()}
-        assert "up.0.block.2.nin_shortcut.weight" in tensors and "mid.attn_1.proj_out.bias" in tensors
+        assert (
+            "up.0.block.2.nin_shortcut.weight" in tensors and "mid.attn_1.proj_out.bias" in tensors
+        )
         lowest = len(network["mult"]) - 1
         assert len(tensors[f"up.{lowest}.block.0.conv1.bias"]) == 8 * network["mult"][lowest]
-        assert f"up.{lowest}.upsample.conv.bias" in tensors and "up.0.upsample.conv.bias" not in tensors
+        assert (
+            f"up.{lowest}.upsample.conv.bias" in tensors
+            and "up.0.upsample.conv.bias" not in tensors
+        )
         assert "down.0.downsample.conv.bias" in tensors and "temb.dense.1.bias" in tensors
         torch.save(tensors, tmp_path / f"{i}.ckpt")
         ckpt, back, d = converted(call, tmp_path / f"{i}.ckpt", f"{i}.pt")
-        assert equal(back.state_dict(), net.state_dict()) and torch.equal(d.beta, ddpm.linear_schedule())
+        assert equal(back.state_dict(), net.state_dict()) and torch.equal(
+            d.beta, ddpm.linear_schedule()
+        )
         assert (ckpt["shape"], ckpt["process"]["variance"]) == (shape, variance)
     tensors.pop("conv_out.bias")
     torch.save(tensors, tmp_path / "bad.ckpt")
-    assert "not the weights of the authors'" in call(convert, "--ckpt", "bad.ckpt", "--out", "bad.pt")[2]
+    assert (
+        "not the weights of the authors'"
+        in call(convert, "--ckpt", "bad.ckpt", "--out", "bad.pt")[2]
+    )
 
 
 def test_classes_of_a_folder_are_named_on_the_command_line(call, theirs):
@@ -352,7 +387,9 @@ def test_settings_that_are_there_but_no_file_are_refused_and_not_assumed(call, t
     scheduler = theirs / "scheduler" / "scheduler_config.json"
     scheduler.unlink()
     make(scheduler)
-    refused(call, theirs, "scheduler_config.json: cannot be read as settings (not an ordinary file)")
+    refused(
+        call, theirs, "scheduler_config.json: cannot be read as settings (not an ordinary file)"
+    )
 
 
 def test_variances_that_the_network_does_not_learn_cannot_be_learned_ones(call, theirs):
@@ -360,7 +397,9 @@ def test_variances_that_the_network_does_not_learn_cannot_be_learned_ones(call, 
     refused(call, theirs, "scheduler_config.json", 'variance_type is "learned_range"')
 
 
-def test_a_network_wider_at_the_first_level_than_its_first_layer_does_not_go_to_diffusers(call, tmp_path):
+def test_a_network_wider_at_the_first_level_than_its_first_layer_does_not_go_to_diffusers(
+    call, tmp_path
+):
     network = dict(in_channels=1, out_channels=1, ch=8, mult=(2, 2), blocks=1, attention=(), dropout=0.0,
                    groups=4, num_classes=None)  # fmt: skip
     weights = ddpm.UNet(**network).state_dict()
@@ -406,6 +445,7 @@ def test_a_missing_a_further_and_a_misshapen_tensor_are_named(call, theirs):
 def test_a_config_that_asks_for_a_gigantic_network_is_refused_before_it_is_built(
         call, theirs, settings, word, monkeypatch):  # fmt: skip
     """Nothing but the meta device, which has no memory, is asked for a network."""
+
     class Checked(ddpm.UNet):
         def __init__(self, **network):
             assert torch.get_default_device().type == "meta", "a network was built"
@@ -508,10 +548,16 @@ PICKLES = {
 
 @pytest.mark.parametrize("kind", ["archive", "before PyTorch 1.6"])
 @pytest.mark.parametrize("what", PICKLES)
-def test_a_pickle_of_more_than_tensors_is_refused_and_none_of_its_code_runs(call, theirs, what, kind):
+def test_a_pickle_of_more_than_tensors_is_refused_and_none_of_its_code_runs(
+    call, theirs, what, kind
+):
     held, word = PICKLES[what]
     (theirs / WEIGHTS).unlink()
-    torch.save(held, (theirs / WEIGHTS).with_suffix(".bin"), _use_new_zipfile_serialization=kind == "archive")
+    torch.save(
+        held,
+        (theirs / WEIGHTS).with_suffix(".bin"),
+        _use_new_zipfile_serialization=kind == "archive",
+    )
     refused(call, theirs, ".bin: cannot be read as weights", word)
     assert not os.path.exists("ran")
 
@@ -564,16 +610,23 @@ def loss_of(net, d, steps):
                         for x0, y, t, eps in draws])  # fmt: skip
 
 
-FINE = ("--limit 64 --batch-size 16 --device cpu --precision fp32 --micro-batch 16 --sample-every 0 "
-        "--out ckpt.pt").split()
+FINE = (
+    "--limit 64 --batch-size 16 --device cpu --precision fp32 --micro-batch 16 --sample-every 0 "
+    "--out ckpt.pt"
+).split()
 
 
 def test_fine_tuning_starts_at_the_loss_of_the_trained_network(call, trained, tmp_path):
     """With a rate of 0, its average stays; from weights of chance, the loss is about 1."""
     start = trained[0] / "ckpt.pt"
-    status, out, err = call(train, *FINE, "--init", start, "--epochs", 1, "--lr", 0, "--log", "log.jsonl")
+    status, out, err = call(
+        train, *FINE, "--init", start, "--epochs", 1, "--lr", 0, "--log", "log.jsonl"
+    )
     assert status == 0, err
-    assert f"starts from {start}, ema weights at step 16; afresh: optimiser, average and steps\n" in out
+    assert (
+        f"starts from {start}, ema weights at step 16; afresh: optimiser, average and steps\n"
+        in out
+    )
     expected = loss_of(*checkpoint.load_model(start)[1:], steps=4)
     close("first loss", np.array(losses(tmp_path)), np.array([expected]), 1e-5, 1.0)
     assert equal(checkpoint.load("ckpt.pt")["model"], checkpoint.load(start)["ema"])
@@ -596,7 +649,13 @@ def test_a_network_with_other_classes_does_at_first_what_the_old_one_did(old, ne
         for name in [*new, None]:
             y_new = [torch.tensor([new.index(name)])] if name else []
             y_old = [torch.tensor([old.index(name)])] if name and name in old else []
-            close(f"class {name}", after(x, t, *y_new).numpy(), before(x, t, *y_old).numpy(), 1e-5, 1.0)
+            close(
+                f"class {name}",
+                after(x, t, *y_new).numpy(),
+                before(x, t, *y_old).numpy(),
+                1e-5,
+                1.0,
+            )
 
 
 def folder_of(tmp_path, names=("a", "b"), size=16, count=4):
@@ -609,25 +668,48 @@ def folder_of(tmp_path, names=("a", "b"), size=16, count=4):
     return tmp_path / "images"
 
 
-def test_fine_tuning_takes_another_size_and_other_classes_and_says_what_starts_afresh(call, theirs, tmp_path):
+def test_fine_tuning_takes_another_size_and_other_classes_and_says_what_starts_afresh(
+    call, theirs, tmp_path
+):
     """Converted weights, whose schedule is a table, whose variance and clipping are not the usual ones."""
-    change(theirs, "scheduler/scheduler_config.json", variance_type="fixed_small", clip_sample=False)
+    change(
+        theirs, "scheduler/scheduler_config.json", variance_type="fixed_small", clip_sample=False
+    )
     weights = converted(call, theirs, "theirs.pt")[0]
-    flags = ["--data", folder_of(tmp_path), "--batch-size", 4, "--device", "cpu", "--sample-every", 0]
+    flags = [
+        "--data",
+        folder_of(tmp_path),
+        "--batch-size",
+        4,
+        "--device",
+        "cpu",
+        "--sample-every",
+        0,
+    ]
     other = ["--init", "theirs.pt", "--labels", "--size", "16x24"]
     status, out, err = call(train, *flags, *other, "--epochs", 2)
     assert status == 0 and "16x24x3, 2 classes" in out and "table schedule, T = 20" in out, err
-    assert "afresh: optimiser, average and steps; and the classes a, b, which begin as no label" in out
+    assert (
+        "afresh: optimiser, average and steps; and the classes a, b, which begin as no label" in out
+    )
     assert "lr 2e-05, warm-up 0" in out
     tuned = checkpoint.load("theirs-tuned.pt")
     assert tuned["shape"] == (3, 16, 24) and tuned["classes"] == ["a", "b"] and tuned["step"] == 4
-    assert equal(tuned["process"], weights["process"]) and tuned["process"]["variance"] == "beta_tilde"
-    status, out, err = call(train, *flags, "--init", "theirs.pt", "--epochs", 1, "--out", "own-size.pt")
-    assert status == 0 and "8x8x3;" in out and "classes" not in out, err  # its own size is the default
+    assert (
+        equal(tuned["process"], weights["process"]) and tuned["process"]["variance"] == "beta_tilde"
+    )
+    status, out, err = call(
+        train, *flags, "--init", "theirs.pt", "--epochs", 1, "--out", "own-size.pt"
+    )
+    assert status == 0 and "8x8x3;" in out and "classes" not in out, (
+        err
+    )  # its own size is the default
     assert equal(checkpoint.load("theirs.pt"), weights)
 
 
-def test_a_fine_tuned_run_resumes_bit_for_bit_without_the_weights_it_began_with(call, trained, tmp_path):
+def test_a_fine_tuned_run_resumes_bit_for_bit_without_the_weights_it_began_with(
+    call, trained, tmp_path
+):
     shutil.copy(trained[0] / "ckpt.pt", "start.pt")
     flags = [*FINE, "--decay", "none", "--init", "start.pt"]
     assert call(train, *flags, "--epochs", 2)[0] == 0
@@ -637,7 +719,9 @@ def test_a_fine_tuned_run_resumes_bit_for_bit_without_the_weights_it_began_with(
     status, out, err = call(train, "--resume", "half.pt", "--epochs", 2)
     assert status == 0 and "starts from" not in out, err
     half = checkpoint.load("half.pt")
-    assert all(equal(half[part], whole[part]) for part in ("model", "ema", "optimizer", "step", "process"))
+    assert all(
+        equal(half[part], whole[part]) for part in ("model", "ema", "optimizer", "step", "process")
+    )
 
 
 def test_init_and_resume_cannot_be_confused(call, theirs, trained):
@@ -645,24 +729,43 @@ def test_init_and_resume_cannot_be_confused(call, theirs, trained):
     own = trained[0] / "ckpt.pt"
     before = own.read_bytes()
     for flags, word in (
-        (["--init", own, "--resume", own], "--init: starts a new run, and --resume goes on with one"),
+        (
+            ["--init", own, "--resume", own],
+            "--init: starts a new run, and --resume goes on with one",
+        ),
         (["--resume", "theirs.pt"], "holds a network, and no run to go on with; --init starts one"),
-        (["--init", own, "--out", own], "is the checkpoint of --init, and would be lost; name another"),
+        (
+            ["--init", own, "--out", own],
+            "is the checkpoint of --init, and would be lost; name another",
+        ),
         (["--init", "theirs.pt"], "its network takes images of 3 channels, and glyphs has 1"),
-        (["--init", own, "--width", 16], "--width 16: the weights of --init have 8, and cannot change it"),
+        (
+            ["--init", own, "--width", 16],
+            "--width 16: the weights of --init have 8, and cannot change it",
+        ),
         (["--init", own, "--timesteps", 30], "--timesteps 30: the weights of --init have 20"),
-        (["--init", own, "--schedule", "linear"], "--schedule linear: the weights of --init have cosine"),
-        (["--init", own, "--variance", "learned"], "--variance learned: the weights of --init have fixed"),
+        (
+            ["--init", own, "--schedule", "linear"],
+            "--schedule linear: the weights of --init have cosine",
+        ),
+        (
+            ["--init", own, "--variance", "learned"],
+            "--variance learned: the weights of --init have fixed",
+        ),
         (["--init", "theirs.pt", "--schedule", "linear"], "have a table of their own"),
     ):
         status, _, err = call(train, *flags)
-        assert status == 2 and word in err and err.count("\n") == 1 and not os.path.exists("ckpt.pt"), err
+        assert (
+            status == 2 and word in err and err.count("\n") == 1 and not os.path.exists("ckpt.pt")
+        ), err
     assert own.read_bytes() == before
     status, _, err = call(train, "--init", "nothing.pt")
     assert status == 1 and "nothing.pt: no such file" in err
 
 
-def test_weights_of_another_number_of_channels_or_an_uneven_size_are_refused(call, theirs, tmp_path):
+def test_weights_of_another_number_of_channels_or_an_uneven_size_are_refused(
+    call, theirs, tmp_path
+):
     converted(call, theirs, "theirs.pt")
     folder = folder_of(tmp_path)
     for flags, word in ((["--channels", 1], "--channels 1: the weights of --init have 3"),
@@ -678,7 +781,11 @@ def test_a_checkpoint_of_format_1_is_still_read(call, trained, tmp_path, monkeyp
     """Its process is that of its settings; it samples, and it resumes."""
     ckpt = checkpoint.load(trained[0] / "ckpt.pt")
     del ckpt["process"], ckpt["ddpm_format"]
-    del ckpt["config"]["variance"], ckpt["config"]["labels"], ckpt["network"]["out_channels"]  # the first
+    del (
+        ckpt["config"]["variance"],
+        ckpt["config"]["labels"],
+        ckpt["network"]["out_channels"],
+    )  # the first
     with monkeypatch.context() as then:
         then.setattr(checkpoint, "FORMAT", 1)
         checkpoint.save("old.pt", ckpt)
@@ -700,15 +807,23 @@ def test_a_checkpoint_whose_settings_ask_for_another_network_is_refused(call, tr
         if "num_classes" in change:
             edited["classes"] = []
         checkpoint.save("edited.pt", edited)
-        for module, *flags in ((sample, "--out", "x.png", "--ckpt"), (train, "--init"), (train, "--resume")):
+        for module, *flags in (
+            (sample, "--out", "x.png", "--ckpt"),
+            (train, "--init"),
+            (train, "--resume"),
+        ):
             status, _, err = call(module, *flags, "edited.pt")
-            assert status == 1 and err.endswith("edited.pt: its contents do not fit together\n"), err
+            assert status == 1 and err.endswith("edited.pt: its contents do not fit together\n"), (
+                err
+            )
 
 
 # --- Samples -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("T, n", [(1000, 10), (1000, 50), (1000, 1000), (20, 7), (2, 2), (1, 1), (1000, 1)])
+@pytest.mark.parametrize(
+    "T, n", [(1000, 10), (1000, 50), (1000, 1000), (20, 7), (2, 2), (1, 1), (1000, 1)]
+)
 def test_a_quadratic_grid_is_dense_near_1_and_ends_at_T(T, n):
     """n different steps; T (i/n)^2 rounded up, and more only where integers leave no room."""
     grid = sampling.quadratic_grid(T, n)
@@ -747,7 +862,12 @@ BLOCKS = re.findall(r"```(\w+)\n(.*?)```", PAGE, re.DOTALL)
 
 
 def test_every_command_of_the_page_on_weights_is_one_that_its_command_takes():
-    scripts = {"convert.py": convert, "sample.py": sample, "evaluate.py": evaluate, "train.py": train}
+    scripts = {
+        "convert.py": convert,
+        "sample.py": sample,
+        "evaluate.py": evaluate,
+        "train.py": train,
+    }
     seen = set()
     for line in (line for kind, block in BLOCKS if kind == "sh" for line in block.splitlines()):
         words = shlex.split(line)
@@ -759,13 +879,19 @@ def test_every_command_of_the_page_on_weights_is_one_that_its_command_takes():
     assert seen == scripts.keys()
 
 
-def test_the_code_of_the_page_writes_the_images_of_cifar10_as_the_tools_want_them(monkeypatch, tmp_path):
+def test_the_code_of_the_page_writes_the_images_of_cifar10_as_the_tools_want_them(
+    monkeypatch, tmp_path
+):
     pixels = np.arange(2 * 3 * 32 * 32).astype(np.uint8).reshape(2, 3, 32, 32)
-    monkeypatch.setattr(cifar10, "load", lambda folder, training: (pixels, np.zeros(2)) if training else None)
+    monkeypatch.setattr(
+        cifar10, "load", lambda folder, training: (pixels, np.zeros(2)) if training else None
+    )
     monkeypatch.chdir(tmp_path)
     (code,) = (block for kind, block in BLOCKS if kind == "py")
     exec(code, {})
     images = pixels.transpose(0, 2, 3, 1)
     assert np.array_equal(np.load("cifar10-train.npz")["arr_0"], images)
     for i, image in enumerate(images):
-        assert np.array_equal(np.asarray(sample.pictures.Image.open(f"cifar10-train/{i:05d}.png")), image)
+        assert np.array_equal(
+            np.asarray(sample.pictures.Image.open(f"cifar10-train/{i:05d}.png")), image
+        )

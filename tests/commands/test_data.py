@@ -57,7 +57,9 @@ def album(tmp_path):
 def test_any_image_is_read_upright_cropped_at_its_centre_and_not_squashed(album, tmp_path):
     """The middle of red-green-blue is green; transparent is white; 16 bits and floats keep their grey."""
     images = folder.load(album, (16, 24), 3, tmp_path / "cache", skip_broken=False)[0]
-    names = sorted(str(p.relative_to(album)) for p in album.rglob("*.*") if not p.name.startswith("."))
+    names = sorted(
+        str(p.relative_to(album)) for p in album.rglob("*.*") if not p.name.startswith(".")
+    )
     files = sorted(p for p in album.rglob("*") if p.is_file() and not p.name.startswith("."))
     assert images.shape == (len(names), 3, 16, 24) and len(names) == 9
     by_name = {p.name: image for p, image in zip(files, images, strict=True)}
@@ -147,11 +149,32 @@ def test_a_folders_subfolders_are_its_classes(call, tmp_path):
         grey = Image.new("L", (8, 8), 10 + {"big dog": 0, "cat": 100, "eel": 200}[name])
         grey.save(tmp_path / "pets" / name / "deep" / f"{i}.png")
     (tmp_path / "pets" / "cat" / "broken.png").write_text("no image")
-    tiny = ["--batch-size", 4, "--width", 8, "--timesteps", 5, "--device", "cpu", "--epochs", 1, "--size", 8]
+    tiny = [
+        "--batch-size",
+        4,
+        "--width",
+        8,
+        "--timesteps",
+        5,
+        "--device",
+        "cpu",
+        "--epochs",
+        1,
+        "--size",
+        8,
+    ]
     flags = ["--data", "pets", "--labels", "--channels", 1, "--skip-broken", *tiny]
-    (tmp_path / "pets" / "a link").symlink_to("cat")  # which is there anyway, and is no class of its own
+    (tmp_path / "pets" / "a link").symlink_to(
+        "cat"
+    )  # which is there anyway, and is no class of its own
     (tmp_path / "pets" / "notes.txt").write_text("no image, and in no folder")
-    for damage in (None, None, lambda cache: cache[:200], lambda cache: bytes(len(cache)), lambda cache: b""):
+    for damage in (
+        None,
+        None,
+        lambda cache: cache[:200],
+        lambda cache: bytes(len(cache)),
+        lambda cache: b"",
+    ):
         if damage:  # decoded; from the cache; decoded, for the cache is damaged
             [cache] = (tmp_path / "data").iterdir()
             cache.write_bytes(damage(cache.read_bytes()))
@@ -162,7 +185,10 @@ def test_a_folders_subfolders_are_its_classes(call, tmp_path):
     images, labels, _ = data.load(saved["config"]["data"], "all", size=(8, 8), channels=1, skip_broken=True,
                                   labels=True)  # fmt: skip
     assert ((images[:, 0, 0, 0] - 10) // 100).tolist() == labels.tolist() == [0, 1, 1, 1, 2]
-    assert call(sample, "--ckpt", "ckpt.pt", "--out", "a.npz", "--n", 3, "--label", "eel,big dog")[0] == 0
+    assert (
+        call(sample, "--ckpt", "ckpt.pt", "--out", "a.npz", "--n", 3, "--label", "eel,big dog")[0]
+        == 0
+    )
     assert np.load("a.npz")["arr_1"].tolist() == [2, 0, 2]
     status, out, err = call(evaluate, "--ckpt", "ckpt.pt", "--n", 2, "--skip-broken")
     assert status == 0 and "2 images it was trained on" in out, err
@@ -182,7 +208,20 @@ def test_a_file_that_is_no_image_is_named_and_can_be_skipped(call, album):
     (album / "notes.txt").write_text("hello")
     whole = (album / "wide.png").read_bytes()
     (album / "half.png").write_bytes(whole[: len(whole) // 2])
-    flags = ["--data", album, "--epochs", 1, "--width", 8, "--timesteps", 2, "--batch-size", 9, "--size", 8]
+    flags = [
+        "--data",
+        album,
+        "--epochs",
+        1,
+        "--width",
+        8,
+        "--timesteps",
+        2,
+        "--batch-size",
+        9,
+        "--size",
+        8,
+    ]
     status, _, err = call(train, *flags)
     assert status == 1 and "half.png: cannot be read as an image" in err and "--skip-broken" in err
     status, out, err = call(train, *flags, "--skip-broken")
@@ -192,8 +231,12 @@ def test_a_file_that_is_no_image_is_named_and_can_be_skipped(call, album):
 # --- What makes an image broken, and what does not -----------------------------------------------
 
 
-@pytest.mark.parametrize("number", [errno.EMFILE, errno.EACCES, errno.ENOMEM, errno.ESTALE, errno.EIO])
-def test_a_machine_that_fails_to_read_a_file_stops_the_run_with_its_name(call, album, monkeypatch, number):
+@pytest.mark.parametrize(
+    "number", [errno.EMFILE, errno.EACCES, errno.ENOMEM, errno.ESTALE, errno.EIO]
+)
+def test_a_machine_that_fails_to_read_a_file_stops_the_run_with_its_name(
+    call, album, monkeypatch, number
+):
     """Too many open files, no permission, no memory, a stale network share: no image is left out for it,
     and nothing is cached."""
     real = pathlib.Path.read_bytes
@@ -227,7 +270,9 @@ def test_a_memory_that_is_too_small_stops_the_run_with_the_files_name(call, albu
 ], ids=["EPS", "HEIC", "JPEG XL", "text", "empty"])  # fmt: skip
 def test_a_file_that_is_not_decoded_here_says_what_it_is(tmp_path, monkeypatch, content, words):
     """No other program runs on it, whatever its name."""
-    monkeypatch.setattr(subprocess, "Popen", lambda *args, **how: pytest.fail("a program was started"))
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda *args, **how: pytest.fail("a program was started")
+    )
     (tmp_path / "holiday.jpg").write_bytes(content)
     assert words in decode.decode(tmp_path / "holiday.jpg", (8, 8), 3)
 
@@ -245,7 +290,9 @@ def test_a_value_means_the_same_in_every_image(tmp_path):
     half = np.full((8, 8), 0.5, np.float32)
     over = half.copy()
     over[3, 3] = 1.02
-    assert grey(half, np.float32, tmp_path) == 128 and abs(grey(over, np.float32, tmp_path) - 130) < 1
+    assert (
+        grey(half, np.float32, tmp_path) == 128 and abs(grey(over, np.float32, tmp_path) - 130) < 1
+    )
     assert abs(grey(np.full((8, 8), 32768), np.uint16, tmp_path) - 128) <= 1
     assert "its floats go from 0.5 to 127.5, and 0 to 1 is expected" in grey(half * np.linspace(1, 255, 8),
                                                                             np.float32, tmp_path)  # fmt: skip
@@ -259,9 +306,15 @@ def test_a_colour_profile_is_applied_before_the_image_is_scaled(tmp_path):
     changes nothing."""
     wide = swapped_profile()
     image = Image.new("RGB", (20, 20), (250, 100, 0))
-    for profile, want in ((None, (250, 100, 0)), (wide, (0, 100, 250)), (b"no profile", (250, 100, 0))):
+    for profile, want in (
+        (None, (250, 100, 0)),
+        (wide, (0, 100, 250)),
+        (b"no profile", (250, 100, 0)),
+    ):
         image.save(tmp_path / "a.png", icc_profile=profile)
-        got = np.frombuffer(decode.decode(tmp_path / "a.png", (4, 4), 3), np.uint8).reshape(3, 16)[:, 0]
+        got = np.frombuffer(decode.decode(tmp_path / "a.png", (4, 4), 3), np.uint8).reshape(3, 16)[
+            :, 0
+        ]
         assert abs(got.astype(int) - want).max() <= 2, (profile and len(profile), got)
 
 
@@ -302,15 +355,22 @@ def test_a_cache_is_not_written_through_a_link(tmp_path):
     cache.unlink()
     cache.symlink_to(tmp_path / "precious")
     folder.load(tmp_path / "one", (8, 8), 1, tmp_path / "cache", False)
-    assert not cache.is_symlink() and len((tmp_path / "precious").read_bytes()) == cache.stat().st_size - 1
+    assert (
+        not cache.is_symlink()
+        and len((tmp_path / "precious").read_bytes()) == cache.stat().st_size - 1
+    )
 
 
 def test_a_fingerprint_takes_no_copy_of_the_images():
     """It is that of all their bytes, computed an image at a time."""
-    images = torch.arange(40 * 3 * 64 * 64, dtype=torch.int64).to(torch.uint8).reshape(40, 3, 64, 64)
+    images = (
+        torch.arange(40 * 3 * 64 * 64, dtype=torch.int64).to(torch.uint8).reshape(40, 3, 64, 64)
+    )
     tracemalloc.start()
     got = data.fingerprint(data.Data(images, torch.arange(40), []))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert got == zlib.crc32(torch.arange(40).numpy().tobytes(), zlib.crc32(images.numpy().tobytes()))
+    assert got == zlib.crc32(
+        torch.arange(40).numpy().tobytes(), zlib.crc32(images.numpy().tobytes())
+    )
     assert peak < images.nbytes / 10, f"{peak:,} bytes"

@@ -88,10 +88,14 @@ def test_the_mathematics_of_a_page_survives_markdown(page):
     blocks = re.findall(r"^\$\$(.*?)\$\$", text, re.DOTALL | re.MULTILINE)
     text = re.sub(r"^\$\$.*?\$\$", "", text, flags=re.DOTALL | re.MULTILINE)
     inline = re.findall(r"(?<![\w\"$])\$(?! )([^$\n]+?)(?<! )\$(?![\w\"$])", text)
-    assert text.count("$") == 2 * len(inline), [line for line in text.splitlines() if line.count("$") % 2]
+    assert text.count("$") == 2 * len(inline), [
+        line for line in text.splitlines() if line.count("$") % 2
+    ]
     for formula in [*blocks, *inline]:
         assert not re.search(r"\\[^A-Za-z]", formula), formula
-        assert formula.count("{") == formula.count("}") and formula.count("(") == formula.count(")"), formula
+        assert formula.count("{") == formula.count("}") and formula.count("(") == formula.count(
+            ")"
+        ), formula
 
 
 def percent(out):

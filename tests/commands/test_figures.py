@@ -18,14 +18,19 @@ import train
 from support import checkpoint
 from support.plots import COLOURS, FAINT, numbers, sheet
 
-LEVELS, WEIGHTS = np.array([-1.0, -0.2, 1.0]), np.array([0.5, 0.3, 0.2])  # of pixels: the best eps is known
+LEVELS, WEIGHTS = (
+    np.array([-1.0, -0.2, 1.0]),
+    np.array([0.5, 0.3, 0.2]),
+)  # of pixels: the best eps is known
 BETA = ref.linear_beta(12, 0.01, 0.5)
 D = ddpm.Diffusion(torch.tensor(BETA))
 
 
 def best(xt, t):
     """The exact eps of that data, from the reference."""
-    return torch.from_numpy(ref.eps_mixture(BETA, int(t[0]), xt.numpy(), WEIGHTS, LEVELS, np.zeros(3)))
+    return torch.from_numpy(
+        ref.eps_mixture(BETA, int(t[0]), xt.numpy(), WEIGHTS, LEVELS, np.zeros(3))
+    )
 
 
 def expected_x0(xt, t):
@@ -55,7 +60,6 @@ def test_a_row_of_pictures_shows_steps_from_T_to_0_as_even_as_whole_steps_can_be
     assert np.ptp(np.diff(at)) <= (0 if T % 10 == 0 else 1), at
 
 
-
 def test_forward_shows_x_t_of_eq4_by_one_noise():
     x0, eps = torch.randn(2, 1, 1, 3, 3, dtype=torch.float64)
     for t, xt in zip([0, 1, 7, 12], figures.dissolved(x0, D, [0, 1, 7, 12], eps), strict=True):
@@ -81,14 +85,18 @@ def test_reverse_shows_at_each_step_the_x0_that_eq15_has_the_best_model_see():
         xt, x0 = path[t]
         close(f"x0 at t = {t}", x0, expected_x0(xt, t), 1e-9)
     grid = sorted({3, 6, 9, 12, 7, 1})
-    close("x_0", path[0][0], ddpm.sample_ddim(best, D, xT, grid, 1.0, generator=seeded(1, 2)), 1e-13)
+    close(
+        "x_0", path[0][0], ddpm.sample_ddim(best, D, xT, grid, 1.0, generator=seeded(1, 2)), 1e-13
+    )
 
 
 def test_samples_from_a_shared_x_1_are_nearly_the_image():
     """At t = 1 a model's error in eps moves x0 by sqrt((1 - alpha_bar_1) / alpha_bar_1) times as much."""
     d = ddpm.Diffusion(ddpm.linear_schedule())
     x0, eps = torch.rand(3, 1, 4, 4) * 2 - 1, torch.randn(3, 1, 4, 4)
-    got = figures.decoded(lambda xt, t: torch.zeros_like(xt), d, d.q_sample(x0, 1, eps), 1, seeded(0, 1, 2))
+    got = figures.decoded(
+        lambda xt, t: torch.zeros_like(xt), d, d.q_sample(x0, 1, eps), 1, seeded(0, 1, 2)
+    )
     a, v = ref.transition(ref.linear_beta(1000), 0, 1)
     assert (got - x0).abs().max() <= np.sqrt(v) / a * eps.abs().max() + 1e-6 < 0.05
 
@@ -108,7 +116,9 @@ def test_the_ends_of_an_interpolation_are_each_image_noised_and_decoded_alone(t)
     eps = torch.randn(2, 1, 4, 4, dtype=torch.float64)
     got = figures.interpolated(best, D, pair, t, [0, 0.5, 1], eps, seeded(7, 7, 7))
     for end, i in (0, 0), (2, 1):
-        alone = figures.decoded(best, D, D.q_sample(pair[i : i + 1], t, eps[i : i + 1]), t, seeded(7))
+        alone = figures.decoded(
+            best, D, D.q_sample(pair[i : i + 1], t, eps[i : i + 1]), t, seeded(7)
+        )
         close(f"share {end / 2}", got[end : end + 1], alone, 1e-12)
 
 
@@ -146,7 +156,10 @@ def test_rate_and_distortion_count_what_a_receiver_of_x_T_to_x_t_has_paid():
 def printed_bound(text):
     """The rows of evaluate.py's table: {name: mean for each variance}."""
     rows = [re.match(r"(.{32})(.*)", line).groups() for line in text.splitlines()[2:]]
-    return {name.strip(): [float(x) for x in re.findall(r"(-?\d+\.\d+) ±", cells)] for name, cells in rows}
+    return {
+        name.strip(): [float(x) for x in re.findall(r"(-?\d+\.\d+) ±", cells)]
+        for name, cells in rows
+    }
 
 
 @pytest.mark.parametrize("which", ["trained", "learned"])
@@ -161,7 +174,9 @@ def test_terms_sum_to_what_evaluate_prints_and_the_curve_ends_at_its_rate_and_L_
     terms, error = scene.bound
     total = next(values for name, values in bound.items() if name.startswith("bound"))
     close("sum of the terms", terms.mean(1).sum(1), total, 1e-5)
-    rate, prior = (next(v for name, v in bound.items() if word in name) for word in ("rate", "prior"))
+    rate, prior = (
+        next(v for name, v in bound.items() if word in name) for word in ("rate", "prior")
+    )
     bits, _ = figures.rate_and_distortion(terms.mean(1), error)
     close("the curve's end", bits[:, 0], np.add(rate, prior), 2e-5)
     assert len(terms) == (3 if which == "learned" else 2)
@@ -171,7 +186,12 @@ def test_terms_sum_to_what_evaluate_prints_and_the_curve_ends_at_its_rate_and_L_
     figures.terms(scene)
     cost, ratio = ([values for _, values in series.values()] for series in charts)
     close("the legend", [float(name.split()[-1]) for name in charts[1]], total, 5.1e-4)
-    close("L_{t-1} of beta_tilde, times its ratio", np.multiply(ratio, cost[1]), terms.mean(1)[:, :-1], 1e-12)
+    close(
+        "L_{t-1} of beta_tilde, times its ratio",
+        np.multiply(ratio, cost[1]),
+        terms.mean(1)[:, :-1],
+        1e-12,
+    )
 
 
 # --- The command ---------------------------------------------------------------------------------
@@ -187,7 +207,9 @@ def test_without_a_checkpoint_three_figures_are_drawn_and_the_others_are_named(c
 
 
 @pytest.mark.parametrize("clip", [True, False])
-def test_all_figures_sample_as_the_network_came_clipped_or_not(call, ckpt, tmp_path, monkeypatch, clip):
+def test_all_figures_sample_as_the_network_came_clipped_or_not(
+    call, ckpt, tmp_path, monkeypatch, clip
+):
     """And so do its bounds."""
     saved = checkpoint.load(ckpt)
     checkpoint.save(tmp_path / "a.pt", dict(saved, process=dict(saved["process"], clip=clip)))
@@ -201,6 +223,7 @@ def test_all_figures_sample_as_the_network_came_clipped_or_not(call, ckpt, tmp_p
             given.apply_defaults()
             seen.setdefault(name, set()).add(given.arguments["clip"])
             return function(*args, **how)
+
         return noted
 
     for name in ("sample_ancestral", "sample_ddim", "bound_terms"):
@@ -213,10 +236,15 @@ def test_all_figures_sample_as_the_network_came_clipped_or_not(call, ckpt, tmp_p
 def test_figures_are_drawn_without_docstrings(call, monkeypatch):
     """As python -OO leaves them."""
     monkeypatch.setattr(figures.FIGURES["embedding"], "__doc__", None)
-    assert call(figures, "--only", "embedding", "--out", "f")[:2] == (0, "f/embedding.png: embedding\n")
+    assert call(figures, "--only", "embedding", "--out", "f")[:2] == (
+        0,
+        "f/embedding.png: embedding\n",
+    )
 
 
-def test_with_a_checkpoint_and_a_log_all_are_drawn_and_again_the_same(call, trained, ckpt, tmp_path):
+def test_with_a_checkpoint_and_a_log_all_are_drawn_and_again_the_same(
+    call, trained, ckpt, tmp_path
+):
     """Each a picture that a page can hold; another seed draws others wherever anything is drawn."""
     log = trained[0] / "log.jsonl"
     for out, seed in ("one", 0), ("two", 0), ("other", 1):
@@ -224,7 +252,9 @@ def test_with_a_checkpoint_and_a_log_all_are_drawn_and_again_the_same(call, trai
         status, said, err = call(figures, "--ckpt", ckpt, "--log", log, *flags)
         assert status == 0 and "not drawn" not in said, err
     for name in figures.FIGURES:
-        one, two, other = ((tmp_path / out / f"{name}.png").read_bytes() for out in ("one", "two", "other"))
+        one, two, other = (
+            (tmp_path / out / f"{name}.png").read_bytes() for out in ("one", "two", "other")
+        )
         assert one == two, name
         assert (one == other) == (name in ("schedules", "embedding", "epochs", "loss")), name
         with Image.open(tmp_path / "one" / f"{name}.png") as picture:
@@ -239,23 +269,34 @@ def test_a_network_that_learned_variances_has_all_figures_too(call, learned, tmp
 
 
 def test_a_chain_of_one_step_has_all_figures_too(call, tmp_path):
-    flags = "--limit 32 --batch-size 16 --width 8 --timesteps 1 --epochs 1 --device cpu --log log.jsonl"
+    flags = (
+        "--limit 32 --batch-size 16 --width 8 --timesteps 1 --epochs 1 --device cpu --log log.jsonl"
+    )
     assert call(train, *flags.split())[0] == 0
-    status, out, err = call(figures, "--ckpt", "ckpt.pt", "--log", "log.jsonl", "--out", "f", "--n", 2)
+    status, out, err = call(
+        figures, "--ckpt", "ckpt.pt", "--log", "log.jsonl", "--out", "f", "--n", 2
+    )
     assert status == 0 and "not drawn" not in out, err
     assert len(list((tmp_path / "f").iterdir())) == len(figures.FIGURES)
 
 
-def test_epochs_shows_the_first_image_of_each_class_of_every_grid(call, trained, ckpt, tmp_path, monkeypatch):
+def test_epochs_shows_the_first_image_of_each_class_of_every_grid(
+    call, trained, ckpt, tmp_path, monkeypatch
+):
     """The top left image of the first grid is the top left one of the figure; its class stands above it."""
     above = []
-    monkeypatch.setattr(figures, "sheet", lambda *rows, **how: above.extend(rows[1]) or sheet(*rows, **how))
+    monkeypatch.setattr(
+        figures, "sheet", lambda *rows, **how: above.extend(rows[1]) or sheet(*rows, **how)
+    )
     status, _, err = call(figures, "--ckpt", ckpt, "--out", "f", "--only", "epochs")
     assert status == 0, err
     grids = [np.asarray(Image.open(path)) for path in sorted(trained[0].glob("ckpt.0*.png"))]
     picture = np.asarray(Image.open(tmp_path / "f" / "epochs.png").convert("L"))
     assert len(grids) == 2 and above == [str(digit) for digit in range(10)]
-    top, left = picture.shape[0] - 2 * 68, picture.shape[1] - 10 * 68  # digits of 64 pixels, four between
+    top, left = (
+        picture.shape[0] - 2 * 68,
+        picture.shape[1] - 10 * 68,
+    )  # digits of 64 pixels, four between
     for row, grid in enumerate(grids):
         for digit in (0, 9):
             cell = picture[top + 68 * row :, left + 68 * digit :][:64, :64]
@@ -305,7 +346,9 @@ def test_the_held_out_loss_of_a_log_is_a_curve_of_its_own(call, tmp_path):
         lines[2].update(dict(held_out=0.4) if held_out else {})
         lines[5].update(dict(held_out=0.3) if held_out else {})
         (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        assert call(figures, "--out", f"f{held_out}", "--only", "loss", "--log", "log.jsonl")[0] == 0
+        assert (
+            call(figures, "--out", f"f{held_out}", "--only", "loss", "--log", "log.jsonl")[0] == 0
+        )
     colours = []
     for name in ("fFalse", "fTrue"):
         with Image.open(tmp_path / name / "loss.png") as picture:

@@ -38,7 +38,9 @@ def part(name, which, **how):
     return data.load(str(name), which, str(name.parent / "cache"), (8, 8), 3, labels=True, **how)
 
 
-@pytest.mark.parametrize("count, held", [(1, 0), (39, 0), (40, 2), (60, 3), (10_000, 500), (10**6, 512)])
+@pytest.mark.parametrize(
+    "count, held", [(1, 0), (39, 0), (40, 2), (60, 3), (10_000, 500), (10**6, 512)]
+)
 def test_a_twentieth_is_held_out_from_forty_images_on_and_512_at_most(count, held):
     training, apart = folder.chosen(count, "training"), folder.chosen(count, "held out")
     assert len(apart) == held == folder.held_out(count)
@@ -69,7 +71,9 @@ def test_a_run_never_trains_on_what_is_held_out(album, call, monkeypatch):
 @pytest.mark.parametrize("flags", [[], ["--labels"], ["--variance", "learned"]], ids=str)
 def test_the_loss_on_held_out_images_is_that_of_the_average_at_the_same_draws(album, call, flags):
     """In the log at the end of each epoch; by a second computation, one image at a time."""
-    status, out, err = call(train, "--data", album, *RUN, *flags, "--epochs", 2, "--log", "log.jsonl")
+    status, out, err = call(
+        train, "--data", album, *RUN, *flags, "--epochs", 2, "--log", "log.jsonl"
+    )
     assert status == 0, err
     last = [json.loads(line) for line in pathlib.Path("log.jsonl").read_text().splitlines()][-1]
     assert f"held out {last['held_out']:.4f}" in out
@@ -77,7 +81,10 @@ def test_the_loss_on_held_out_images_is_that_of_the_average_at_the_same_draws(al
     (images, labels, _), apart = data.held_out(ckpt)
     assert apart and len(images) == 3
     losses, count = [], 16
-    for x0, y, t, eps in batches.fixed(data.Data(images, labels, []), d.T, count, torch.device("cpu"), 1):
+    for x0, y, t, eps in batches.fixed(
+        data.Data(images, labels, []), d.T, count, torch.device("cpu"), 1
+    ):
+
         def model(xt, t, y=y):
             return net(xt, t, y)
 
@@ -95,7 +102,9 @@ def test_the_draws_of_the_held_out_loss_are_every_image_with_steps_from_1_to_T()
                    for few in (7, 100))  # fmt: skip
     assert all(torch.equal(a, b) for a, b in zip(once, again))
     _, y, t, eps = once
-    assert y.bincount().tolist() == [10] * 10 and t.bincount(minlength=51).tolist() == [0] + [2] * 50
+    assert (
+        y.bincount().tolist() == [10] * 10 and t.bincount(minlength=51).tolist() == [0] + [2] * 50
+    )
     assert abs(np.corrcoef(y, t)[0, 1]) < 0.3 and abs(eps.mean()) < 0.1 and abs(eps.std() - 1) < 0.1
 
 
@@ -104,7 +113,9 @@ def test_fewer_than_forty_images_hold_none_out_and_the_log_says_so(album, call):
         path.unlink()
     status, out, err = call(train, "--data", album, *RUN, "--log", "log.jsonl")
     assert status == 0 and "none are held out" in out and ", held out" not in out, err
-    assert json.loads(pathlib.Path("log.jsonl").read_text().splitlines()[-1]).get("held_out", "") == ""
+    assert (
+        json.loads(pathlib.Path("log.jsonl").read_text().splitlines()[-1]).get("held_out", "") == ""
+    )
     assert "35 images it was trained on" in call(evaluate, "--ckpt", "ckpt.pt")[1]
 
 
@@ -132,7 +143,10 @@ def test_evaluation_takes_what_was_held_out_wherever_the_folder_lies(album, call
         (tmp_path / "other").mkdir(exist_ok=True)
         Image.new("RGB", (8, 8), (i, 7, 7)).save(tmp_path / "other" / f"{i}.png")
     assert "3 held-out images of other" in call(evaluate, "--ckpt", "ckpt.pt", "--data", "other")[1]
-    assert "2 held-out images of other" in call(evaluate, "--ckpt", "ckpt.pt", "--data", "other", "--n", 2)[1]
+    assert (
+        "2 held-out images of other"
+        in call(evaluate, "--ckpt", "ckpt.pt", "--data", "other", "--n", 2)[1]
+    )
 
 
 def test_a_run_goes_on_with_its_images_wherever_they_lie(album, call, tmp_path):
@@ -142,9 +156,13 @@ def test_a_run_goes_on_with_its_images_wherever_they_lie(album, call, tmp_path):
     status, _, err = call(train, "--resume", "ckpt.pt", "--epochs", 2)
     assert status == 1 and "album" in err and "--data" in err and err.count("\n") == 1
     status, _, err = call(train, "--resume", "ckpt.pt", "--epochs", 2, "--data", "moved")
-    assert status == 0 and checkpoint.load("ckpt.pt")["config"]["data"] == str(tmp_path / "moved"), err
+    assert status == 0 and checkpoint.load("ckpt.pt")["config"]["data"] == str(
+        tmp_path / "moved"
+    ), err
     Image.new("RGB", (8, 8)).save(next((tmp_path / "moved").rglob("*.png")))
-    (tmp_path / "moved" / "ant" / "00.png").write_bytes((tmp_path / "moved" / "ant" / "01.png").read_bytes())
+    (tmp_path / "moved" / "ant" / "00.png").write_bytes(
+        (tmp_path / "moved" / "ant" / "01.png").read_bytes()
+    )
     status, _, err = call(train, "--resume", "ckpt.pt", "--epochs", 3, "--data", "moved")
     assert status == 1 and "not the images" in err
     status, _, err = call(train, "--resume", "ckpt.pt", "--epochs", 3, "--data", "glyphs")

@@ -19,7 +19,14 @@ IMPROVED = (ROOT / "improved.py").read_text()
 
 def judge_files(folder, *flags):
     """(exit status, what is said) of the specification, judging files of a folder from there."""
-    command = [sys.executable, "-m", "pytest", ROOT / "tests" / "specification", "-q", *map(str, flags)]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        ROOT / "tests" / "specification",
+        "-q",
+        *map(str, flags),
+    ]
     done = subprocess.run(command, cwd=folder, text=True, capture_output=True, timeout=200)
     return done.returncode, done.stdout + done.stderr
 
@@ -58,7 +65,9 @@ def test_a_rewrite_is_accepted_that_is_equal_in_mathematics_or_a_matter_of_taste
 
 
 @pytest.mark.parametrize("name", UNEQUAL)
-def test_a_rewrite_is_rejected_that_loses_precision_or_needs_a_device_with_float64(name, judge_here):
+def test_a_rewrite_is_rejected_that_loses_precision_or_needs_a_device_with_float64(
+    name, judge_here
+):
     """By each of the tests that are named, and float32 tables in these words."""
     code, words, tests = UNEQUAL[name]
     for test in tests:
@@ -77,7 +86,8 @@ def test_the_draws_of_a_test_are_never_those_of_the_global_generator():
             judge.seed()
             drawn = torch.randn(4)
             assert not any(
-                torch.equal(torch.randn(4, generator=judge.generator(k)), drawn) for k in range(1000)
+                torch.equal(torch.randn(4, generator=judge.generator(k)), drawn)
+                for k in range(1000)
             )
     finally:
         judge.SEED = before
@@ -90,7 +100,9 @@ def test_other_files_are_judged_from_any_folder_by_the_names_of_their_equations(
     """sigma^2 z where sigma z is meant fails a test of Algorithm 2, with the variance in words, and a
     mean that is not detached one of iDDPM eq. 16; at the end stands which files were judged, and which
     of their names were not."""
-    wrong = SOURCE.replace("at(sigma2.sqrt(), t, xt) * noise_like", "at(sigma2, t, xt) * noise_like")
+    wrong = SOURCE.replace(
+        "at(sigma2.sqrt(), t, xt) * noise_like", "at(sigma2, t, xt) * noise_like"
+    )
     (tmp_path / "mine.py").write_text(wrong + "\n\ndef v_from_eps():\n    pass\n")
     (tmp_path / "more.py").write_text(IMPROVED.replace("eps_theta.detach()", "eps_theta"))
     status, said = judge_files(tmp_path, "--ddpm", "mine.py", "--improved", "more.py",
@@ -99,7 +111,9 @@ def test_other_files_are_judged_from_any_folder_by_the_names_of_their_equations(
     assert "test_algorithm2_takes_each_step_from_p" in said
     assert "AssertionError: variance of x_1: estimated" in said
     assert "test_iddpm_eq16_eps_learns_from_L_simple_alone[0.001]" in said
-    assert re.search(r"^improved .* formula \d; may follow from ancestral$", said, re.MULTILINE), said
+    assert re.search(r"^improved .* formula \d; may follow from ancestral$", said, re.MULTILINE), (
+        said
+    )
     assert f"judged: {tmp_path / 'mine.py'}" in said and f"judged: {tmp_path / 'more.py'}" in said
     assert "beyond the specification, not judged: v_from_eps" in said
 
@@ -140,7 +154,14 @@ def rounded(self, beta):
 Diffusion.__init__ = rounded
 """
     (tmp_path / "mine.py").write_text(SOURCE + float32)
-    asked = "--ddpm", "mine.py", "--only", "forward,posterior", "--hypothesis-profile=quick", "--tb=line"
+    asked = (
+        "--ddpm",
+        "mine.py",
+        "--only",
+        "forward,posterior",
+        "--hypothesis-profile=quick",
+        "--tb=line",
+    )
     status, said = judge_files(tmp_path, *asked)
     rows = [line for line in said.splitlines() if line.startswith(("forward ", "posterior "))]
     assert status == 1 and all("precision" in row for row in rows), said
@@ -213,7 +234,9 @@ def test_a_file_that_cannot_be_judged_is_refused_in_one_line(tmp_path, source, w
 def test_a_section_that_is_not_there_is_answered_with_those_that_are(tmp_path):
     """--only forwrd: did you mean forward? By the command, in one line."""
     status, said = judge_files(tmp_path, "--only", "posterior,forwrd")
-    assert status == 4 and "--only forwrd: no such section (did you mean forward?); there are" in said
+    assert (
+        status == 4 and "--only forwrd: no such section (did you mean forward?); there are" in said
+    )
     assert all(name in said for name in closing.BUILDS_ON)
     assert closing.chosen("posterior, ddim") == ["posterior", "ddim"]
 

@@ -37,7 +37,9 @@ def test_the_commands_say_the_same_on_another_device_and_seldom_wait_for_it(call
     def results(device):
         losses = []
         for flags in (tiny, ["--resume", "ckpt.pt"]):
-            status, out, err = call(train, *flags, "--epochs", 1 if flags is tiny else 2, "--device", device)
+            status, out, err = call(
+                train, *flags, "--epochs", 1 if flags is tiny else 2, "--device", device
+            )
             assert status == 0, err
             losses += map(float, re.search(r"loss (.*), held out (.*),", out).groups())
         waits = [len(reads)]
@@ -57,7 +59,9 @@ def test_the_commands_say_the_same_on_another_device_and_seldom_wait_for_it(call
     assert near[3] == [0, 0, 0] and training < 32 and drawings == [2, 2], reads
 
 
-@pytest.mark.parametrize("precision, matmul, tf32", [("fp32", "highest", False), ("bf16", "high", True)])
+@pytest.mark.parametrize(
+    "precision, matmul, tf32", [("fp32", "highest", False), ("bf16", "high", True)]
+)
 def test_float32_is_not_tf32_unless_bfloat16_is_asked_for(precision, matmul, tf32):
     """Neither in products of matrices nor in convolutions, where CUDA's default is TF32."""
     try:
@@ -70,33 +74,49 @@ def test_float32_is_not_tf32_unless_bfloat16_is_asked_for(precision, matmul, tf3
 
 def test_an_operation_that_a_device_lacks_is_one_line(call, monkeypatch, ckpt):
     """As log_ndtr, of the decoder, on Apple's GPUs."""
+
     def missing(x):
-        raise NotImplementedError("The operator 'aten::special_log_ndtr' is not there for MPS. More words.")
+        raise NotImplementedError(
+            "The operator 'aten::special_log_ndtr' is not there for MPS. More words."
+        )
 
     monkeypatch.setattr(torch.special, "log_ndtr", missing)
     status, _, err = call(evaluate, "--ckpt", ckpt, "--n", 1, "--device", "cpu")
-    assert status == 1 and err == ("evaluate.py: error: The operator 'aten::special_log_ndtr' is not there "
-                                   "for MPS; try --device cpu, or PYTORCH_ENABLE_MPS_FALLBACK=1\n")
+    assert status == 1 and err == (
+        "evaluate.py: error: The operator 'aten::special_log_ndtr' is not there "
+        "for MPS; try --device cpu, or PYTORCH_ENABLE_MPS_FALLBACK=1\n"
+    )
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."),
-                                   RuntimeError("CUDA error: out of memory")], ids=["allocator", "start"])
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("CUDA error: out of memory")],
+    ids=["allocator", "start"],
+)
 def test_a_device_that_is_full_is_not_one_that_is_missing(call, monkeypatch, ckpt, error):
     """As when another process has all of its memory."""
+
     def empty(*size, device=None):
         raise error
 
     monkeypatch.setattr(torch, "empty", empty)
     status, _, err = call(sample, "--ckpt", ckpt, "--out", "a.png", "--device", "cuda")
-    assert (status, err.count("\n")) == (1, 1) and "out of memory; try a smaller --batch-size" in err
+    assert (status, err.count("\n")) == (
+        1,
+        1,
+    ) and "out of memory; try a smaller --batch-size" in err
 
 
 def test_an_output_that_takes_no_more_is_one_line(ckpt):
     """Also where Python buffers what is printed, and would find out at its very end."""
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"} | {"OMP_NUM_THREADS": "1"}
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"} | {
+        "OMP_NUM_THREADS": "1"
+    }
     command = [sys.executable, ROOT / "evaluate.py", "--ckpt", ckpt, "--n", "1"]
     with open("/dev/full", "w") as full:
-        done = subprocess.run(command, env=env, stdout=full, stderr=subprocess.PIPE, text=True, timeout=100)
+        done = subprocess.run(
+            command, env=env, stdout=full, stderr=subprocess.PIPE, text=True, timeout=100
+        )
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert "evaluate.py: error: " in done.stderr and "No space left" in done.stderr
 
@@ -112,7 +132,16 @@ def test_what_a_killed_writer_left_is_cleared_after_an_hour(tmp_path):
 
 def test_progress_rewrites_one_line_on_a_terminal(ckpt, tmp_path):
     leader, follower = pty.openpty()
-    command = [sys.executable, ROOT / "sample.py", "--ckpt", ckpt, "--out", tmp_path / "a.png", "--n", "4"]
+    command = [
+        sys.executable,
+        ROOT / "sample.py",
+        "--ckpt",
+        ckpt,
+        "--out",
+        tmp_path / "a.png",
+        "--n",
+        "4",
+    ]
     subprocess.run(command, stderr=follower, stdout=subprocess.DEVNULL, check=True)
     shown = os.read(leader, 10_000).decode()
     assert "\rsampling: " in shown and "left" in shown and "\n" not in shown
@@ -133,7 +162,9 @@ def test_a_stream_that_is_closed_full_or_unread_does_not_cost_the_run(tmp_path, 
     assert checkpoint.load(tmp_path / "ckpt.pt")["step"] == 1
 
 
-TORCHRUN = dict(WORLD_SIZE="2", RANK="0", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="29517")
+TORCHRUN = dict(
+    WORLD_SIZE="2", RANK="0", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="29517"
+)
 
 
 @pytest.mark.parametrize("variables, words", [
@@ -162,13 +193,17 @@ def test_variables_that_a_cluster_left_are_no_torchrun(call, monkeypatch, variab
     ("raise ValueError", "numpy cannot be loaded: ValueError\n"),
     ("import os; os.kill(os.getpid(), 2)", ""),
 ], ids=["missing", "refused by a variable", "without words", "Ctrl-C"])  # fmt: skip
-def test_what_happens_while_torch_is_loaded_is_one_line_at_most(tmp_path, monkeypatch, numpy, words):
+def test_what_happens_while_torch_is_loaded_is_one_line_at_most(
+    tmp_path, monkeypatch, numpy, words
+):
     """Tried with a numpy that does it."""
     (tmp_path / "numpy.py").write_text(numpy)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     status, out, err = run("sample.py", "--help", cwd=tmp_path)
     assert (status, out) == (1 if words else -signal.SIGINT, ""), err
-    assert err.startswith(f"sample.py: error: {words}") and err.count("\n") == 1 if words else not err, err
+    assert (
+        err.startswith(f"sample.py: error: {words}") and err.count("\n") == 1 if words else not err
+    ), err
 
 
 def test_a_folder_that_is_gone_is_one_line(tmp_path):
@@ -236,9 +271,14 @@ def test_a_file_that_is_replaced_keeps_its_permissions_and_its_links(tmp_path):
 
 
 @pytest.mark.parametrize("writer", [files.replacing, files.replacing_folder])
-def test_a_disk_that_is_full_is_one_line_that_names_the_file_as_it_was_typed(tmp_path, monkeypatch, writer):
+def test_a_disk_that_is_full_is_one_line_that_names_the_file_as_it_was_typed(
+    tmp_path, monkeypatch, writer
+):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(Failure, match=r"^new: No space left on device; nothing changed$"), writer("new"):
+    with (
+        pytest.raises(Failure, match=r"^new: No space left on device; nothing changed$"),
+        writer("new"),
+    ):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert not list(tmp_path.iterdir())
 
@@ -249,10 +289,14 @@ def test_a_link_in_the_place_of_a_cache_is_replaced_and_not_followed(tmp_path):
     (tmp_path / "cache").symlink_to("mine")
     with files.replacing(tmp_path / "cache", through_links=False) as file:
         file.write(b"new")
-    assert (tmp_path / "mine").read_text() == "precious" and (tmp_path / "cache").read_bytes() == b"new"
+    assert (tmp_path / "mine").read_text() == "precious" and (
+        tmp_path / "cache"
+    ).read_bytes() == b"new"
 
 
-def test_what_another_user_left_in_a_shared_folder_is_refused_before_the_work(tmp_path, monkeypatch):
+def test_what_another_user_left_in_a_shared_folder_is_refused_before_the_work(
+    tmp_path, monkeypatch
+):
     """As in /tmp, where everybody may write, and nobody may replace what is another's."""
     tmp_path.chmod(0o1777)
     (tmp_path / "a.png").touch()
@@ -275,6 +319,7 @@ def test_a_name_that_is_too_long_is_refused_before_the_work(call, tmp_path, lett
 
 def test_a_log_that_cannot_be_written_any_more_does_not_cost_the_run(call, monkeypatch):
     """A full disk under the log is noted once; the run goes on to its end."""
+
     def full(line):
         raise OSError(28, "No space left on device")
 
@@ -302,7 +347,10 @@ def test_a_log_whose_last_line_is_torn_goes_on_with_a_whole_one(call, tmp_path):
     """A run that was killed in a write leaves half a line, which no reader takes."""
     (tmp_path / "log").write_text('{"step": 1, "epoch": 1, "loss": 1}\n{"step": 2, "ep')
     assert call(train, *SHORT, "--log", "log")[0] == 0
-    assert [json.loads(line)["step"] for line in (tmp_path / "log").read_text().splitlines()] == [1, 1]
+    assert [json.loads(line)["step"] for line in (tmp_path / "log").read_text().splitlines()] == [
+        1,
+        1,
+    ]
 
 
 def test_a_log_inside_the_images_is_refused(call, tmp_path):

@@ -40,7 +40,10 @@ def test_a_second_run_leaves_the_first_ones_checkpoint_and_grids(call, tmp_path)
     for seed in (0, 1, 2):
         status, _, err = call(train, *flags, "--seed", seed)
         assert status == 0 and (f"is now ckpt.{seed}.pt" in err) == (seed > 0), err
-    seeds = {name: checkpoint.load(name)["config"]["seed"] for name in ("ckpt.1.pt", "ckpt.2.pt", "ckpt.pt")}
+    seeds = {
+        name: checkpoint.load(name)["config"]["seed"]
+        for name in ("ckpt.1.pt", "ckpt.2.pt", "ckpt.pt")
+    }
     assert seeds == {"ckpt.1.pt": 0, "ckpt.2.pt": 1, "ckpt.pt": 2}
     for run_of in ("ckpt", "ckpt.1", "ckpt.2"):
         assert all((tmp_path / f"{run_of}.000{epoch}.png").is_file() for epoch in (1, 2))
@@ -59,7 +62,9 @@ def test_two_runs_at_once_do_not_share_an_out(call, monkeypatch, tmp_path):
     monkeypatch.setattr(train, "save", save)
     assert call(train, *TINY, "--epochs", 1)[0] == 0
     [(status, _, err)] = refused
-    assert status == 1 and "--out ckpt.pt: another run is writing there; name another file\n" in err, err
+    assert (
+        status == 1 and "--out ckpt.pt: another run is writing there; name another file\n" in err
+    ), err
     assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pt"]
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
@@ -68,7 +73,12 @@ def test_two_runs_at_once_do_not_share_an_out(call, monkeypatch, tmp_path):
 
 def test_a_run_that_is_refused_renames_nothing(call, tmp_path):
     (tmp_path / "ckpt.pt").write_text("the old one")
-    for flags in (["--width", 10], ["--log", "ckpt.pt"], ["--data", "nowhere"], ["--device", "none"]):
+    for flags in (
+        ["--width", 10],
+        ["--log", "ckpt.pt"],
+        ["--data", "nowhere"],
+        ["--device", "none"],
+    ):
         status, _, err = call(train, *TINY, *flags)
         assert status in (1, 2) and err.count("\n") == 1 and "ckpt.1.pt" not in err, err
     assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pt"]
@@ -85,5 +95,7 @@ def test_the_command_that_is_offered_next_can_be_typed(name):
 def test_the_first_command_can_be_typed_twice(call):
     for _ in range(2):
         assert call(train, *TINY, "--epochs", 1)[0] == 0
-        status, _, err = call(sample, "--ckpt", "ckpt.pt", "--out", "grid.png", "--steps", 2, "--n", 2)
+        status, _, err = call(
+            sample, "--ckpt", "ckpt.pt", "--out", "grid.png", "--steps", 2, "--n", 2
+        )
         assert status == 0, err

@@ -51,7 +51,9 @@ def test_equal_steps_are_equal_lengths_and_on_a_log_axis_equal_ratios_are():
 
 def test_a_tick_is_drawn_at_its_value():
     """The grid's line of the value 2 runs through the column of a dot at 2."""
-    picture = np.asarray(plots.lines(LINEAR, LINEAR, {"dot": ([2], [2])}, size=SIZE, dots=True), float).sum(2)
+    picture = np.asarray(
+        plots.lines(LINEAR, LINEAR, {"dot": ([2], [2])}, size=SIZE, dots=True), float
+    ).sum(2)
     column, row = (int(at) for at in dot(LINEAR, LINEAR, (2, 2)))
     above = picture[plots.TOP + 5 : row - 10, column - 3 : column + 4].mean(0)
     assert above.argmin() == 3, f"darkest {above.argmin() - 3} pixels beside the dot"
@@ -71,7 +73,11 @@ def test_an_axis_that_spans_values_holds_them_all_and_little_more():
         _, low, high, _ = plots.span("", values, log)
         least, most = min(v.min() for v in values), max(v.max() for v in values)
         assert low <= least and most <= high
-        assert (low >= least / 2.5 and high <= most * 2.5) if log else high - low <= 1.6 * (most - least)
+        assert (
+            (low >= least / 2.5 and high <= most * 2.5)
+            if log
+            else high - low <= 1.6 * (most - least)
+        )
 
 
 @pytest.mark.parametrize("log", [False, True])
@@ -94,8 +100,12 @@ def test_a_line_passes_through_its_points_and_stays_inside_the_axes():
 
 
 def test_a_value_that_has_no_logarithm_is_left_out():
-    picture = plots.lines(LOG, LOG, {"dots": ([0, -1, 10, np.nan], [1, 1, 10, 1])}, size=SIZE, dots=True)
-    assert np.array_equal(picture, plots.lines(LOG, LOG, {"dots": ([10], [10])}, size=SIZE, dots=True))
+    picture = plots.lines(
+        LOG, LOG, {"dots": ([0, -1, 10, np.nan], [1, 1, 10, 1])}, size=SIZE, dots=True
+    )
+    assert np.array_equal(
+        picture, plots.lines(LOG, LOG, {"dots": ([10], [10])}, size=SIZE, dots=True)
+    )
 
 
 def test_a_heat_map_has_the_colour_of_each_value_at_its_place_row_0_at_the_top():
@@ -105,7 +115,10 @@ def test_a_heat_map_has_the_colour_of_each_value_at_its_place_row_0_at_the_top()
     for i in range(3):
         for j in range(4):
             across, down = plots.pixel(x, Axis("row", 3, 0), j + 0.5, i + 0.5, SIZE)
-            assert np.array_equal(picture[int(down), int(across)], plots.diverging(values[i, j])), (i, j)
+            assert np.array_equal(picture[int(down), int(across)], plots.diverging(values[i, j])), (
+                i,
+                j,
+            )
     cold, hot = plots.COLOURS[:2]
     assert np.array_equal(plots.diverging(np.array([-1.0, 0, 1])), [cold, (255, 255, 255), hot])
 

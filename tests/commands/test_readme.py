@@ -29,7 +29,7 @@ COMMANDS = [part.split("#")[0].strip() for page in PAGES
 # What makes a command take seconds: added at its end, where it wins.
 SHORT = {
     "train.py": "--epochs 1 --limit 32 --batch-size 8 --micro-batch 8 --width 8 --timesteps 5 "
-                "--sample-every 0",
+    "--sample-every 0",
     "sample.py": "--n 3 --steps 2",
     "evaluate.py": "--n 2",
     "figures.py": "--n 2 --out figures",
@@ -53,7 +53,9 @@ def run(command, folder=ROOT):
 def test_there_are_two_commands_for_a_fresh_machine_and_they_set_up_all():
     """Each makes the environment, installs requirements.txt, and runs the main job or the tests."""
     first, second = [block.strip() for language, block in BLOCKS if language == "bash"][:2]
-    setup = "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt && .venv/bin/python "
+    setup = (
+        "python3 -m venv .venv && .venv/bin/pip install -r requirements.txt && .venv/bin/python "
+    )
     assert first.startswith(setup + "train.py") and second == setup + "-m pytest"
 
 
@@ -67,7 +69,9 @@ def test_every_command_of_the_pages_runs(command, call, tmp_path, request):
         flags = command_line.parse_flags(train.Config, "", words[words.index("train.py") + 1 :])[0]
         assert recipes.complete(flags, "cuda").lr == 2e-4
     elif "--ddpm" in command:  # test_judging.py judges; here the flags are parsed
-        assert request.config._parser.parse(words[words.index("pytest") + 1 :]).ddpm.endswith("my_ddpm.py")
+        assert request.config._parser.parse(words[words.index("pytest") + 1 :]).ddpm.endswith(
+            "my_ddpm.py"
+        )
     elif script is None:
         assert command in ("python3 -m venv .venv", ".venv/bin/pip install -r requirements.txt")
         assert (ROOT / "requirements.txt").is_file()
@@ -81,7 +85,9 @@ def test_every_command_of_the_pages_runs(command, call, tmp_path, request):
             stripes(40 + i, 50).save(tmp_path / "path" / "to" / "images" / "class" / f"{i}.png")
         if script != "train.py" or "--resume" in words:
             ckpt = words[words.index("--ckpt") + 1] if "--ckpt" in words else "ckpt.pt"
-            assert call(train, *SHORT["train.py"].split(), "--out", ckpt, "--log", "log.jsonl")[0] == 0
+            assert (
+                call(train, *SHORT["train.py"].split(), "--out", ckpt, "--log", "log.jsonl")[0] == 0
+            )
             epochs = ["--epochs", 2, "--sample-every", 0]
         short = epochs if "--resume" in words else SHORT[script].split()
         module = {"train.py": train, "sample.py": sample, "evaluate.py": evaluate,
@@ -101,7 +107,9 @@ def test_the_map_of_the_readme_gives_the_lines_equations_and_tests_of_each_secti
     starts = {n: i for i, line in enumerate(lines, 1) if line.startswith("# --- ")
               for n in re.findall(r"\d", line.split(". ")[0])}  # fmt: skip
     ends = sorted({*starts.values(), len(lines) + 1})
-    rows = re.findall(r"^\| (\d) ([\w ]+) \| (\d+)-(\d+) \| (.*?) \| `(.*?)` \|", README, re.MULTILINE)
+    rows = re.findall(
+        r"^\| (\d) ([\w ]+) \| (\d+)-(\d+) \| (.*?) \| `(.*?)` \|", README, re.MULTILINE
+    )
     assert [row[0] for row in rows] == list("123456789")
     for n, title, first, last, equations, test in rows:
         start = starts[n]
@@ -118,8 +126,12 @@ def test_the_numbers_of_the_pages_are_those_of_the_files(request):
     assert f"in {len((ROOT / 'ddpm.py').read_text().splitlines())} lines of PyTorch" in text
     assert f"(improved.py), {len((ROOT / 'improved.py').read_text().splitlines())} lines," in text
     killed = re.findall(r"(\d+) of \d+ killed(?: by the test|\s\|)", everything)
-    assert {int(n) for n in killed} == {len(CATALOGUE)} and f"applies {len(CATALOGUE)} mistakes" in text
-    if len({item.path for item in request.session.items}) == len(list(ROOT.glob("tests/*/test_*.py"))):
+    assert {int(n) for n in killed} == {
+        len(CATALOGUE)
+    } and f"applies {len(CATALOGUE)} mistakes" in text
+    if len({item.path for item in request.session.items}) == len(
+        list(ROOT.glob("tests/*/test_*.py"))
+    ):
         counts = set(re.findall(r"(\d+) tests", everything))
         assert counts == {str(len(request.session.items))}, len(request.session.items)
 
@@ -127,9 +139,14 @@ def test_the_numbers_of_the_pages_are_those_of_the_files(request):
 def test_the_table_of_faults_has_the_kinds_and_the_runs_of_the_script():
     page = (ROOT / "docs" / "reliability.md").read_text()
     rows = re.findall(r"^\| ([\w ,]+) \| .* \| (\d+) \| \d+.*\|$", page, re.MULTILINE)
-    [table] = [node.value for node in ast.parse((ROOT / "tests" / "faults.py").read_text()).body
-               if isinstance(node, ast.Assign) and node.targets[0].id == "FAULTS"]
-    assert [(name, int(n)) for name, n in rows] == [(f.elts[0].value, f.elts[2].value) for f in table.elts]
+    [table] = [
+        node.value
+        for node in ast.parse((ROOT / "tests" / "faults.py").read_text()).body
+        if isinstance(node, ast.Assign) and node.targets[0].id == "FAULTS"
+    ]
+    assert [(name, int(n)) for name, n in rows] == [
+        (f.elts[0].value, f.elts[2].value) for f in table.elts
+    ]
     total = sum(int(n) for _, n in rows)
     assert f"{total:,} of {total:,}" in README
 

@@ -15,7 +15,9 @@ from support import checkpoint, pictures, sampling
 
 
 def test_sample_draws_a_grid_and_says_how(trained, ckpt, tmp_path):
-    status, out, err = run("sample.py", "--ckpt", ckpt, "--out", tmp_path / "grid.png", "--steps", 5)
+    status, out, err = run(
+        "sample.py", "--ckpt", ckpt, "--out", tmp_path / "grid.png", "--steps", 5
+    )
     assert status == 0 and err == ""
     assert "DDIM, 5 steps, eta 0, ema weights at step 16" in out
     assert Image.open(tmp_path / "grid.png").size > (300, 300)
@@ -40,7 +42,15 @@ def test_labels_are_the_classes_asked_for_in_turn_and_a_grid_has_one_a_row():
 
 def test_sampling_chooses_ancestral_or_ddim_variance_and_weights(call, ckpt):
     """One seed, six ways to draw, six pictures; eta = 1 on all T steps is the variance beta_tilde."""
-    ways = "", "--variance beta_tilde", "--eta 0", "--steps 7", "--weights raw", "--label 3", "--eta 1"
+    ways = (
+        "",
+        "--variance beta_tilde",
+        "--eta 0",
+        "--steps 7",
+        "--weights raw",
+        "--label 3",
+        "--eta 1",
+    )
     drawn = {}
     for way in ways:
         status, _, err = call(sample, "--ckpt", ckpt, "--out", "a.npz", "--n", 2, *way.split())
@@ -52,15 +62,23 @@ def test_sampling_chooses_ancestral_or_ddim_variance_and_weights(call, ckpt):
 
 def test_guidance_0_is_the_class_and_minus_1_no_class_at_all(call, ckpt):
     """One seed: w = 0 is the default; at w = -1 the label has no say; w = 2 goes beyond both."""
+
     def draw(*flags):
-        status, out, err = call(sample, "--ckpt", ckpt, "--out", "a.npz", "--n", 3, "--steps", 4, *flags)
+        status, out, err = call(
+            sample, "--ckpt", ckpt, "--out", "a.npz", "--n", 3, "--steps", 4, *flags
+        )
         assert status == 0, err
         return np.load("a.npz")["arr_0"], out
 
     ways = [], ["--guidance", 0], ["--guidance", 2]
     plain, zero, two = (draw("--label", "3", *flags)[0] for flags in ways)
     free, said = draw("--label", "3", "--guidance", -1)
-    assert (plain == zero).all() and (plain != two).any() and (plain != free).any() and "w = -1" in said
+    assert (
+        (plain == zero).all()
+        and (plain != two).any()
+        and (plain != free).any()
+        and "w = -1" in said
+    )
     assert (free == draw("--label", "7,1", "--guidance", -1)[0]).all()
 
 
@@ -138,14 +156,28 @@ def test_pixels_survive_the_way_to_minus_1_1_and_back():
     """uint8 -> [-1, 1] -> uint8 is the identity on all 256 levels; outside is clipped."""
     levels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
     assert (pictures.to_uint8(levels.float() / 127.5 - 1).ravel() == np.arange(256)).all()
-    assert pictures.to_uint8(torch.tensor([-7.0, 7.0]).reshape(1, 1, 1, 2)).ravel().tolist() == [0, 255]
+    assert pictures.to_uint8(torch.tensor([-7.0, 7.0]).reshape(1, 1, 1, 2)).ravel().tolist() == [
+        0,
+        255,
+    ]
 
 
 def test_bfloat16_draws_nearly_the_same_picture(call, ckpt):
     """Tables and samples stay float32; the network alone is rounded to 8 bits."""
     drawn = []
     for precision in ("fp32", "bf16"):
-        how = ["--ckpt", ckpt, "--out", "a.npz", "--n", 4, "--precision", precision, "--device", "cpu"]
+        how = [
+            "--ckpt",
+            ckpt,
+            "--out",
+            "a.npz",
+            "--n",
+            4,
+            "--precision",
+            precision,
+            "--device",
+            "cpu",
+        ]
         assert call(sample, *how)[0] == 0
         drawn.append(np.load("a.npz")["arr_0"].astype(int))
     off = abs(drawn[0] - drawn[1])
@@ -161,7 +193,9 @@ def test_sampling_in_bfloat16_rounds_the_weights_once_and_not_at_every_step(ckpt
         roundings = 0
 
         def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-            self.roundings += op is torch.ops.aten._to_copy.default and args[0].data_ptr() in weights
+            self.roundings += (
+                op is torch.ops.aten._to_copy.default and args[0].data_ptr() in weights
+            )
             return op(*args, **(kwargs or {}))
 
     counts = []

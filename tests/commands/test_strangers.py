@@ -22,35 +22,43 @@ from support.errors import UsageError
 
 def change(part, **values):
     """An edit of one dictionary of the checkpoint."""
+
     def edit(ckpt):
         ckpt[part].update(values)
+
     return edit
 
 
 def state(name, make):
     """An edit of one tensor of the optimiser."""
+
     def edit(ckpt):
         of_first = ckpt["optimizer"]["state"][0]
         of_first[name] = make(of_first[name])
+
     return edit
 
 
 def group(**values):
     def edit(ckpt):
         ckpt["optimizer"]["param_groups"][0].update(values)
+
     return edit
 
 
 def without(part, name):
     def edit(ckpt):
         del ckpt[part][name]
+
     return edit
 
 
 OPTIMISERS = {
     "a short average": state("exp_avg", lambda x: torch.zeros(3)),
     "one number as an average": state("exp_avg_sq", lambda x: torch.zeros(1).expand(x.shape)),
-    "an average in another layout": state("exp_avg", lambda x: torch.zeros(x.shape).mT.contiguous().mT),
+    "an average in another layout": state(
+        "exp_avg", lambda x: torch.zeros(x.shape).mT.contiguous().mT
+    ),
     "an average in float64": state("exp_avg", lambda x: x.double()),
     "an average that is a list": state("exp_avg", lambda x: x.tolist()),
     "a step that is a number": state("step", lambda x: 3),
@@ -62,7 +70,9 @@ OPTIMISERS = {
     "an infinite rate": group(lr=float("inf")),
     "no state": lambda ckpt: ckpt["optimizer"].update(state={}),
     "the states of other weights": lambda ckpt: ckpt["optimizer"]["state"].update({999: {}}),
-    "two groups": lambda ckpt: ckpt["optimizer"].update(param_groups=ckpt["optimizer"]["param_groups"] * 2),
+    "two groups": lambda ckpt: ckpt["optimizer"].update(
+        param_groups=ckpt["optimizer"]["param_groups"] * 2
+    ),
 }
 CONTENTS = {
     "no groups": change("network", groups=0),
@@ -77,7 +87,9 @@ CONTENTS = {
     "more classes than names": change("network", num_classes=10**9),
     "a size of no image": lambda ckpt: ckpt.update(shape=(1, 10**9, 16)),
     "a step below 0": lambda ckpt: ckpt.update(step=-1),
-    "weights in float64": lambda ckpt: ckpt.update(ema={k: v.double() for k, v in ckpt["ema"].items()}),
+    "weights in float64": lambda ckpt: ckpt.update(
+        ema={k: v.double() for k, v in ckpt["ema"].items()}
+    ),
     "a table that is none": change("process", beta=torch.zeros(3)),
     "a table with a gradient": lambda ckpt: ckpt["process"]["beta"].requires_grad_(),
     "a schedule of another name": change("process", schedule="steep"),
@@ -102,7 +114,10 @@ def test_an_optimiser_that_is_not_this_runs_own_is_refused(call, ckpt, tmp_path,
 def test_a_value_that_could_not_have_been_written_is_refused(call, ckpt, tmp_path, edit):
     """By type and range, where it is read; by every command."""
     edited(ckpt, edit, tmp_path / "a.pt")
-    for command, flags in (train, ["--resume", "a.pt"]), (sample, ["--ckpt", "a.pt", "--out", "a.png"]):
+    for command, flags in (
+        (train, ["--resume", "a.pt"]),
+        (sample, ["--ckpt", "a.pt", "--out", "a.png"]),
+    ):
         status, _, err = call(command, *flags)
         assert status == 1 and err.endswith("a.pt: its contents do not fit together\n"), err
 
@@ -113,7 +128,9 @@ def test_a_gigantic_network_is_refused_before_it_takes_memory(ckpt, tmp_path):
     command = f"ulimit -v 3000000; {sys.executable} {ROOT / 'sample.py'} --ckpt a.pt --out a.png"
     done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, timeout=60,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
-    assert done.returncode == 1 and done.stderr.endswith("a.pt: its contents do not fit together\n"), done
+    assert done.returncode == 1 and done.stderr.endswith(
+        "a.pt: its contents do not fit together\n"
+    ), done
 
 
 def test_a_checkpoint_can_name_as_many_classes_as_a_run_may_have(tmp_path):
@@ -141,7 +158,9 @@ def test_a_compressed_archive_is_not_unpacked(call, ckpt, tmp_path):
 
 def test_too_little_memory_is_not_a_foreign_file(call, ckpt, monkeypatch):
     def full(*args, **how):
-        raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")
+        raise RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"
+        )
 
     monkeypatch.setattr(torch, "load", full)
     status, _, err = call(sample, "--ckpt", ckpt, "--out", "a.png")
@@ -167,16 +186,23 @@ def test_a_path_of_a_checkpoint_is_shown_before_it_is_read(call, tmp_path):
     assert call(train, "--data", "album", "--size", 8, *tiny, "--epochs", 1)[0] == 0
     (tmp_path / "album" / "a.png").unlink()
     status, out, err = call(train, "--resume", "ckpt.pt", "--epochs", 2)
-    assert status == 1 and out == f"ckpt.pt: goes on with the images of {tmp_path / 'album'}\n", (out, err)
+    assert status == 1 and out == f"ckpt.pt: goes on with the images of {tmp_path / 'album'}\n", (
+        out,
+        err,
+    )
 
 
-def test_an_archive_whose_members_overlap_or_with_two_directories_is_not_unpacked(call, ckpt, tmp_path):
+def test_an_archive_whose_members_overlap_or_with_two_directories_is_not_unpacked(
+    call, ckpt, tmp_path
+):
     """Members that share their bytes say that they hold more than the file; torch and Python look for the
     directory in different places."""
     whole = ckpt.read_bytes()
     body = whole[: whole.rindex(checkpoint.SEAL)]
     end = body.rindex(b"PK\5\6")
-    extra = body[:end] + b"PK\1\2" + bytes(50) + body[end:]  # something between the directory and its record
+    extra = (
+        body[:end] + b"PK\1\2" + bytes(50) + body[end:]
+    )  # something between the directory and its record
     grown = io.BytesIO()
     with zipfile.ZipFile(ckpt) as old, zipfile.ZipFile(grown, "w") as new:
         for member in old.infolist():
@@ -190,7 +216,9 @@ def test_an_archive_whose_members_overlap_or_with_two_directories_is_not_unpacke
         digest = checkpoint.hashlib.sha256(content).digest()
         (tmp_path / "a.pt").write_bytes(content + checkpoint.SEAL + digest)
         status, _, err = call(sample, "--ckpt", "a.pt", "--out", "a.png")
-        assert status == 1 and err.endswith("a.pt: sealed as a checkpoint, but cannot be read as one\n"), err
+        assert status == 1 and err.endswith(
+            "a.pt: sealed as a checkpoint, but cannot be read as one\n"
+        ), err
 
 
 @pytest.mark.parametrize("edit", [
@@ -201,7 +229,10 @@ def test_a_format_that_is_no_number_is_refused(call, ckpt, tmp_path, edit):
     edit(saved)
     checkpoint.save(tmp_path / "a.pt", saved)
     status, _, err = call(sample, "--ckpt", "a.pt", "--out", "a.png")
-    assert (status, err) == (1, "sample.py: error: a.pt: sealed as a checkpoint, but does not hold one\n")
+    assert (status, err) == (
+        1,
+        "sample.py: error: a.pt: sealed as a checkpoint, but does not hold one\n",
+    )
 
 
 @pytest.mark.parametrize("values", [
@@ -213,7 +244,9 @@ def test_a_setting_that_no_flag_could_give_is_refused(call, ckpt, tmp_path, valu
     assert (status, err) == (1, "train.py: error: a.pt: its contents do not fit together\n")
 
 
-@pytest.mark.parametrize("setting", [dict(device="cuda:7"), dict(micro_batch="none")], ids=lambda s: min(s))
+@pytest.mark.parametrize(
+    "setting", [dict(device="cuda:7"), dict(micro_batch="none")], ids=lambda s: min(s)
+)
 def test_a_setting_that_nobody_typed_is_said_to_be_the_checkpoints(call, ckpt, tmp_path, setting):
     """As of a run that is resumed on another machine; a flag that is typed takes its place."""
     edited(ckpt, change("config", **setting), tmp_path / "a.pt")
@@ -241,4 +274,8 @@ def test_a_checkpoint_is_not_replaced_by_a_picture(call, ckpt, tmp_path, command
     (tmp_path / "link.png").symlink_to("c.png")
     status, _, err = call(command, *flags.split())
     assert status == 2 and "is what the command reads" in err
-    assert (tmp_path / "c.png").read_bytes() == (tmp_path / "schedules.png").read_bytes() == ckpt.read_bytes()
+    assert (
+        (tmp_path / "c.png").read_bytes()
+        == (tmp_path / "schedules.png").read_bytes()
+        == ckpt.read_bytes()
+    )

@@ -37,7 +37,10 @@ def test_training_says_what_it_does_and_leaves_a_checkpoint_a_log_and_grids(trai
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert log[-1]["step"] == 16 and log[-1]["loss"] < log[0]["loss"]
     assert sorted(p.name for p in folder.glob("ckpt*.png")) == ["ckpt.0002.png", "ckpt.0004.png"]
-    assert Image.open(folder / "ckpt.0004.png").size == (4 * 66 + 2, 10 * 66 + 2)  # four of each digit
+    assert Image.open(folder / "ckpt.0004.png").size == (
+        4 * 66 + 2,
+        10 * 66 + 2,
+    )  # four of each digit
 
 
 def test_training_drops_labels_so_that_no_label_is_learned_too(call):
@@ -76,11 +79,19 @@ def test_the_loss_that_is_shown_is_the_mean_since_the_last_one(call, monkeypatch
     monkeypatch.setattr(ddpm, "loss_simple", recording)
     status, out, err = call(train, *TINY, "--epochs", 3, "--log", "log.jsonl")
     assert status == 0, err
-    shown = [float(line.split("loss ")[1].split(",")[0]) for line in out.splitlines() if ": loss" in line]
+    shown = [
+        float(line.split("loss ")[1].split(",")[0]) for line in out.splitlines() if ": loss" in line
+    ]
     close("loss of each epoch", shown, np.reshape(losses, (3, 4)).mean(1), 6e-5, 1.0)
     first = 0
     for line in map(json.loads, pathlib.Path("log.jsonl").read_text().splitlines()):
-        close(f"loss at step {line['step']}", line["loss"], np.mean(losses[first : line["step"]]), 1e-6, 1.0)
+        close(
+            f"loss at step {line['step']}",
+            line["loss"],
+            np.mean(losses[first : line["step"]]),
+            1e-6,
+            1.0,
+        )
         first = line["step"]
     assert first == 12
 
@@ -91,7 +102,9 @@ def test_batches_go_through_all_images_once_an_epoch_in_an_order_that_the_seed_d
     assert all(sorted(row[i : i + 10]) == list(range(10)) for i in range(0, 40, 10))
     other = torch.cat([batches.places(step, 4, 10, seed=2) for step in range(10)]).tolist()
     assert row[:10] != row[10:20] and row != other
-    assert sorted(batches.places(0, 25, 10, 1).tolist()[:10]) == list(range(10))  # a batch of more than all
+    assert sorted(batches.places(0, 25, 10, 1).tolist()[:10]) == list(
+        range(10)
+    )  # a batch of more than all
 
 
 def test_a_run_that_is_interrupted_and_resumed_equals_one_that_is_not(call, tmp_path):
@@ -102,7 +115,9 @@ def test_a_run_that_is_interrupted_and_resumed_equals_one_that_is_not(call, tmp_
         pass
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "go on with --resume a.pt" in out and "Traceback" not in err
+    assert (
+        process.returncode == 130 and "go on with --resume a.pt" in out and "Traceback" not in err
+    )
     stopped = checkpoint.load(tmp_path / "a.pt")["step"]
     assert 4 <= stopped < 32, "the run ended before it could be interrupted"
     for command in ([*flags, "--out", "b.pt"], ["--resume", "a.pt"]):
@@ -123,9 +138,14 @@ def test_a_terminal_that_is_closed_ends_the_run_with_a_checkpoint(tmp_path):
         signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may be under nohup
 
     flags = [*TINY, "--epochs", 500, "--batch-size", 4]
-    process = subprocess.Popen([sys.executable, ROOT / "train.py", *map(str, flags)], cwd=tmp_path,
-                               stdout=follower, stderr=follower, env={**os.environ, "OMP_NUM_THREADS": "1"},
-                               preexec_fn=at_the_terminal)
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *map(str, flags)],
+        cwd=tmp_path,
+        stdout=follower,
+        stderr=follower,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=at_the_terminal,
+    )
     os.close(follower)
     shown = b""
     while b"epoch 1 of 500:" not in shown:
@@ -145,7 +165,9 @@ def test_two_processes_make_the_same_run_as_one(call, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
                           capture_output=True, timeout=120)  # fmt: skip
     assert done.returncode == 0, done.stderr
-    (a, one, _), (b, two, _) = (checkpoint.load_model(tmp_path / name) for name in ("one.pt", "two.pt"))
+    (a, one, _), (b, two, _) = (
+        checkpoint.load_model(tmp_path / name) for name in ("one.pt", "two.pt")
+    )
     assert a["step"] == b["step"] == 8
     x, t = torch.randn(4, *a["shape"]), torch.tensor([1, 5, 10, 20])
     close("eps of both networks", two(x, t), one(x, t), 1e-3, 1.0)
@@ -154,6 +176,7 @@ def test_two_processes_make_the_same_run_as_one(call, tmp_path):
 @pytest.mark.parametrize("asked, taken", [("auto", "cuda:1"), ("cuda", "cuda:1"), ("cpu", "cpu")])
 def test_each_process_of_torchrun_takes_its_own_gpu(call, monkeypatch, asked, taken):
     """The second of a machine takes cuda:1, unless another device is named."""
+
     def pick(name):
         raise Failure(f"takes {name}.")
 
@@ -206,7 +229,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_touches_nothing(call, tmp_p
     (tmp_path / "ckpt.pt").write_text("the old one")
     status, _, err = call(train, *TINY, "--epochs", 3, "--lr", 1e30)
     assert status == 1 and "step 2: the loss: nan" in err and "--lr" in err
-    assert (tmp_path / "ckpt.1.pt").read_text() == "the old one" and not (tmp_path / "ckpt.pt").exists()
+    assert (tmp_path / "ckpt.1.pt").read_text() == "the old one" and not (
+        tmp_path / "ckpt.pt"
+    ).exists()
 
 
 def test_a_schedule_that_leaves_the_image_in_xT_is_pointed_out(call):
@@ -222,10 +247,14 @@ def test_what_will_happen_is_said_before_the_first_step(trained):
     """Images, network, settings and why; seconds a step, images at a time, memory; epochs, steps and time."""
     _, out = trained
     before = out.split("epoch 1 of 4: loss")[0]
-    for words in ("glyphs: 64 images, 16x16x1, 10 classes; 512 more are held out",
-                  "settings: a small network", "a step: about ",
-                  "seconds in fp32, 16 images at a time, about ",
-                  "are free", "4 epochs, 16 steps: about 0:0"):
+    for words in (
+        "glyphs: 64 images, 16x16x1, 10 classes; 512 more are held out",
+        "settings: a small network",
+        "a step: about ",
+        "seconds in fp32, 16 images at a time, about ",
+        "are free",
+        "4 epochs, 16 steps: about 0:0",
+    ):
         assert words in before, before
 
 
@@ -245,7 +274,11 @@ def test_settings_that_work_are_not_warned_of():
     network = recipes.network(train.Config(data="album", width=32), (3, 32, 32), 0)
     for cfg, images, steps in (
         (train.Config(epochs=5, batch_size=32, warmup=20, lr=4e-3), 6_000, 938),
-        (train.Config(data="album", epochs=recipes.SEEN, batch_size=32, warmup=100, lr=1e-3), 285, 3563),
+        (
+            train.Config(data="album", epochs=recipes.SEEN, batch_size=32, warmup=100, lr=1e-3),
+            285,
+            3563,
+        ),
         (train.Config(data="album", epochs=42, batch_size=32, warmup=100, lr=1e-3), 9_500, 12_469),
     ):
         about = dict(images=images, network=network, shape=(3, 32, 32))
@@ -253,14 +286,19 @@ def test_settings_that_work_are_not_warned_of():
     cfg, about["images"] = replace(cfg, epochs=401), 300
     assert "copy" in "".join(recipes.warnings(cfg, about, steps, cosine))
     about["network"] = dict(network, groups=32)
-    assert "32 groups of 1 channels: colours" in "".join(recipes.warnings(cfg, about, steps, cosine))
+    assert "32 groups of 1 channels: colours" in "".join(
+        recipes.warnings(cfg, about, steps, cosine)
+    )
 
 
 def test_a_small_networks_groups_have_many_channels_each():
     """A group of a few would normalise away the means, and with them the colours; the paper's has its 32."""
     for width in range(4, 300, 4):
         groups = recipes.network(train.Config(data="album", width=width), (3, 32, 32), 0)["groups"]
-        assert width % groups == 0 and (width // groups >= min(16, width) or width >= 128), (width, groups)
+        assert width % groups == 0 and (width // groups >= min(16, width) or width >= 128), (
+            width,
+            groups,
+        )
     assert recipes.network(train.Config(data="album", width=128), (3, 32, 32), 0)["groups"] == 32
 
 
@@ -331,6 +369,10 @@ def test_a_grid_takes_the_time_of_a_few_steps(call, monkeypatch):
         about = dict(classes=[str(k) for k in range(classes)], shape=(3, 8, 8), network=dict(out_channels=3),
                      process=checkpoint.process("cosine", 1000, "fixed"))  # fmt: skip
         run = train.Run(None, torch.nn.Linear(1, 1), None, 0, about)
-        snapshots.draw_grid(train.Config(batch_size=B, micro_batch="16", precision="fp32"), run,
-                            ddpm.Diffusion(ddpm.cosine_schedule()), 1)
+        snapshots.draw_grid(
+            train.Config(batch_size=B, micro_batch="16", precision="fp32"),
+            run,
+            ddpm.Diffusion(ddpm.cosine_schedule()),
+            1,
+        )
         assert sum(seen) <= 12 * B, (B, classes, sum(seen))

@@ -67,7 +67,11 @@ def slack(path, stored):
     at = path.index("want")
     departure, case, entry = path[:at], path[:2], path[at + 1 :]
     of_case = stored.get((*case, "scale", *entry), abs(stored[path]))
-    return stored.get((*departure, "scale", *entry), of_case) * stored[*case, "tolerance", "float64"] / 8
+    return (
+        stored.get((*departure, "scale", *entry), of_case)
+        * stored[*case, "tolerance", "float64"]
+        / 8
+    )
 
 
 @subjects

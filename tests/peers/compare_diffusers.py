@@ -87,7 +87,10 @@ def output_error(theirs, net, steps, batch, y=None):
         t = torch.tensor(steps[first : first + batch])
         x = torch.randn(len(t), theirs.config.in_channels, H, W)
         labels = None if y is None else torch.arange(len(t)) % y
-        a, b = theirs(x, t - 1, class_labels=labels).sample, net(x, t, *([] if y is None else [labels]))
+        a, b = (
+            theirs(x, t - 1, class_labels=labels).sample,
+            net(x, t, *([] if y is None else [labels])),
+        )
         C = x.shape[1]
         if a.shape[1] > C:  # learned variances
             a = torch.cat([a[:, :C], (a[:, C:] + 1) / 2], dim=1)
@@ -173,7 +176,11 @@ def sample_theirs(net, scheduler, seed=0):
 def sample_ours(path, seed=0):
     """The same noise through ddpm.py's own loop, with the variance and clipping of the checkpoint."""
     ckpt, net, d = checkpoint.load_model(path)
-    variance, clip, generator = ckpt["process"]["variance"], ckpt["process"]["clip"], torch.Generator()
+    variance, clip, generator = (
+        ckpt["process"]["variance"],
+        ckpt["process"]["clip"],
+        torch.Generator(),
+    )
     x = torch.randn(4, 3, 8, 8, generator=generator.manual_seed(seed))
     if variance == "learned":
         return improved.sample_ancestral(net, d, x, clip, generator)
@@ -215,7 +222,10 @@ def write_fixture(folder):
     """A small network, what it says at each of its 20 steps, and what it samples from seed 0."""
     shutil.rmtree(folder, ignore_errors=True)
     config = settings((8, 16), (1,), sample_size=8, norm_num_groups=4, layers_per_block=1)
-    net, scheduler = network(config, seed=1), DDPMScheduler(20, beta_end=0.3, variance_type="fixed_large")
+    net, scheduler = (
+        network(config, seed=1),
+        DDPMScheduler(20, beta_end=0.3, variance_type="fixed_large"),
+    )
     DDPMPipeline(net, scheduler).save_pretrained(folder)
     x = torch.randn(2, 3, 8, 8)
     with torch.no_grad():
@@ -227,7 +237,9 @@ def main():
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--full", action="store_true", help="the published networks' sizes too")
-    parser.add_argument("--fixture", action="store_true", help="write tests/fixtures/diffusers instead")
+    parser.add_argument(
+        "--fixture", action="store_true", help="write tests/fixtures/diffusers instead"
+    )
     given, judge = parser.parse_args(), Judge()
     logging.set_verbosity_error()
     if given.fixture:

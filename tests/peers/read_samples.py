@@ -89,7 +89,9 @@ def main():
             for tool, images in read.items():
                 same = images.shape == pixels.shape and np.array_equal(images, pixels)
                 failed |= not same
-                print(f"{'ok' if same else 'DIFFERENT':>9}  {tool}, {channels} channel(s): {images.shape}")
+                print(
+                    f"{'ok' if same else 'DIFFERENT':>9}  {tool}, {channels} channel(s): {images.shape}"
+                )
     sys.exit(failed)
 
 

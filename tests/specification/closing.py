@@ -116,7 +116,9 @@ class Closing:
             counts = self.counts[name]
             rules = [f"{rule} {counts[rule]}" for rule in RULES if counts[rule]]
             follows = (
-                f"; may follow from {', '.join(self.causes(name))}" if rules and self.causes(name) else ""
+                f"; may follow from {', '.join(self.causes(name))}"
+                if rules and self.causes(name)
+                else ""
             )
             failed = sum(counts[rule] for rule in RULES)
             yield (

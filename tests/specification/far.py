@@ -69,7 +69,9 @@ class Simulation(TorchDispatchMode):
         if far and op not in COPIES:  # numbers, which have no dimensions, may come from the CPU
             mixed = [tuple(x.shape) for x in tensors if x.ndim and not isinstance(x, Far)]
             if mixed:
-                raise RuntimeError(f"{op}: a tensor {mixed[0]} of the CPU among those of the far device")
+                raise RuntimeError(
+                    f"{op}: a tensor {mixed[0]} of the CPU among those of the far device"
+                )
         out = op(*replaced(near, args), **{name: replaced(near, x) for name, x in kwargs.items()})
         if (far or goes_far) and torch.float64 in {x.dtype for x in tensors_in(out)}:
             raise TypeError(f"{op}: float64 on the far device, or read from it")
@@ -78,7 +80,9 @@ class Simulation(TorchDispatchMode):
             out.fill_(float("nan") if out.is_floating_point() else 113)
         if not goes_far:
             return out
-        return replaced(lambda x: far[id(x)] if id(x) in far else Far(x), out)  # the same, if in place
+        return replaced(
+            lambda x: far[id(x)] if id(x) in far else Far(x), out
+        )  # the same, if in place
 
 
 def near(x):
@@ -132,7 +136,9 @@ def device():
     if not register:
         pytest.skip(f"torch {torch.__version__} takes no device that is written in Python")
     before = torch._C._only_lift_cpu_tensors()
-    torch._C._set_only_lift_cpu_tensors(True)  # so that torch.tensor sends what it makes as x.to does
+    torch._C._set_only_lift_cpu_tensors(
+        True
+    )  # so that torch.tensor sends what it makes as x.to does
     try:
         with Simulation() as mode:
             yield mode.reads
@@ -151,7 +157,9 @@ def agrees(results, *given, tol=0.0):
         for default in ("cpu", "far"):
             with torch.device(default):
                 got = results(*given)
-            assert not reads, f"the host waits for the device {len(reads)} times, first for {reads[0]}"
+            assert not reads, (
+                f"the host waits for the device {len(reads)} times, first for {reads[0]}"
+            )
             for name, x in got.items():
                 assert x.device.type == "far", f"{name} is on the {x.device}"
                 close(f"{name}, default device {default}", x.cpu(), wanted[name], tol, scale)

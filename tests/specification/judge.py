@@ -12,11 +12,26 @@ import torch
 from scipy import stats
 
 SEED = 0  # of every draw that Hypothesis does not make; conftest.py sets it
-FLOAT32 = False  # whether a float32 implementation is judged: --precision float32; conftest.py sets it
+FLOAT32 = (
+    False  # whether a float32 implementation is judged: --precision float32; conftest.py sets it
+)
 REALS = (torch.float64,)  # the types that its tables may have
 
-RULES = "formula", "precision", "edge", "refusal", "randomness", "crash"  # a crash: an error of its own
-REFUSALS = AssertionError, ValueError, TypeError, IndexError, RuntimeError  # which one is a matter of taste
+RULES = (
+    "formula",
+    "precision",
+    "edge",
+    "refusal",
+    "randomness",
+    "crash",
+)  # a crash: an error of its own
+REFUSALS = (
+    AssertionError,
+    ValueError,
+    TypeError,
+    IndexError,
+    RuntimeError,
+)  # which one is a matter of taste
 edge = pytest.mark.edge
 randomness = pytest.mark.randomness
 in_float64 = pytest.mark.in_float64  # not asked of a float32 implementation
@@ -99,7 +114,9 @@ def close(what, got, want, tol, scale=None):
         words = (f"{what}{place}: got {got[i]:.17g}, want {want[i]:.17g}; "
                  f"error {error[i]:.2g} {multiple if allowed[i] else 'where none is allowed'}")  # fmt: skip
         if is_rounding(error[i], allowed[i], scale[i]):
-            raise broken("precision", f"{words}: the size of float32's rounding, in tables or on the way")
+            raise broken(
+                "precision", f"{words}: the size of float32's rounding, in tables or on the way"
+            )
         raise broken("formula", words)
 
 
@@ -112,7 +129,10 @@ def is_rounding(error, allowed, scale):
 def same(what, got, want):
     """Assert that two tensors are equal bit for bit, in shape and type too."""
     __tracebackhide__ = True
-    if FLOAT32 and {got.dtype, want.dtype} == {torch.float32, torch.float64}:  # given one, it may answer in
+    if FLOAT32 and {got.dtype, want.dtype} == {
+        torch.float32,
+        torch.float64,
+    }:  # given one, it may answer in
         got, want = got.float(), want.float()  # the other
     kinds = [f"{tuple(x.shape)} {x.dtype}" for x in (got, want)]
     assert kinds[0] == kinds[1], f"{what}: got a tensor {kinds[0]}, want {kinds[1]}"
@@ -127,7 +147,9 @@ def refused(what, word=""):
         yield
     except REFUSALS as refusal:
         if word not in str(refusal):
-            raise broken("refusal", f"{what}: refused without the word {word}: {refusal}") from refusal
+            raise broken(
+                "refusal", f"{what}: refused without the word {word}: {refusal}"
+            ) from refusal
         return
     raise broken("refusal", f"{what}: not refused")
 

@@ -36,7 +36,9 @@ ROLES = None  # that function, from the judged file or from --map; conftest.py s
 def public_names(module):
     """The names that the file defines: functions, classes, and the methods of Diffusion."""
     own = {k: v for k, v in vars(module).items() if getattr(v, "__module__", "") == module.__name__}
-    methods = {f"Diffusion.{k}" for k in vars(own.get("Diffusion", object)) if not k.startswith("_")}
+    methods = {
+        f"Diffusion.{k}" for k in vars(own.get("Diffusion", object)) if not k.startswith("_")
+    }
     return {k for k in own if not k.startswith("_")} | (methods if "Diffusion" in own else set())
 
 
@@ -91,7 +93,9 @@ def skip_what_is_absent(owner, title):
     The file itself is not served: where its own code asks for what it lacks, that stays an error.
     """
     name, _, part = title.partition(".")
-    names = {full.removeprefix(f"{part}.") for full in NAMES[name] | TABLES if full.startswith(part)}
+    names = {
+        full.removeprefix(f"{part}.") for full in NAMES[name] | TABLES if full.startswith(part)
+    }
     before = getattr(owner, "__getattr__", None)
 
     def missing(*asked):  # (name,) of a module, (self, name) of a class
@@ -116,7 +120,9 @@ def near(name, others):
 def absences(module, name):
     """In words: each public name that the file lacks, with that of its own which may be the same."""
     own = public_names(module) - NAMES[name]
-    return [f"{part}{near(part, own)}" for part in sorted(NAMES[name] - PARTS) if not has(module, part)]
+    return [
+        f"{part}{near(part, own)}" for part in sorted(NAMES[name] - PARTS) if not has(module, part)
+    ]
 
 
 def beyond(module, name):

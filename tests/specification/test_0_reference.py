@@ -230,7 +230,9 @@ components = st.lists(
 
 
 @given(cases(), normal, components)
-@example(Case((1e-6,), 1), 5.0, [(1.0, 0.0, 1 / 64)] * 2)  # responsibilities that sum to 1 - 1e-13 are seen
+@example(
+    Case((1e-6,), 1), 5.0, [(1.0, 0.0, 1 / 64)] * 2
+)  # responsibilities that sum to 1 - 1e-13 are seen
 def test_reference_eps_is_the_score_of_the_noisy_data(case, x, mixture):
     """E[eps | x_t] = -sqrt(v_t) d/dx log p(x_t), p(x_t) = sum of weight N(a_t m, a_t^2 s2 + v_t).
 
@@ -305,7 +307,9 @@ def test_eq14_reference_loss_minimum_of_a_mixture_is_the_mean_of_var_eps_given_x
         second = 1 - v / total + mean**2
         return joint @ second - (joint @ mean) ** 2 / joint.sum()
 
-    want = integrate.quad(integrand, -12, 12, points=[-1, -0.5, 0, 0.5, 1], epsabs=1e-11, limit=200)[0]
+    want = integrate.quad(
+        integrand, -12, 12, points=[-1, -0.5, 0, 0.5, 1], epsabs=1e-11, limit=200
+    )[0]
     close("least loss", ref.loss_minimum_mixture(SHORT, t, *MIXTURE), want, 1e-10, 1)
 
 
@@ -708,7 +712,9 @@ def test_iddpm_eq16_reference_slope_is_the_derivative_of_the_kl(t):
     for gap, v in itertools.product((0.0, -0.2, 0.7), (-0.5, 0.0, 0.6, 1.0)):
         sigma2 = ref.learned_variance(SHORT, t, np.array([v + 1e-5, v - 1e-5]))
         up, down = ref.gaussian_kl(gap, low, 0.0, sigma2)
-        close("slope", ref.learned_slope(SHORT, t, gap, v), (up - down) / 2e-5, 1e-8, 1 + gap**2 / low)
+        close(
+            "slope", ref.learned_slope(SHORT, t, gap, v), (up - down) / 2e-5, 1e-8, 1 + gap**2 / low
+        )
     best = math.log((low + 0.01) / low) / math.log(high / low)
     close("slope at the best v", ref.learned_slope(SHORT, t, 0.1, best), 0, 1e-13, 1)
 
@@ -766,7 +772,9 @@ def test_cfg_eq6_reference_eps_follows_bayes_rule(case, x, w):
     close("eps", got, want, 1e-5, (1 + abs(w)) * (1 + abs(x)))
     scale = (abs(x) + 1) / np.sqrt(v) * (1 + x**2)
     close("w = 0", at_0, ref.eps_mixture(case.beta, case.t, x, *one), 1e2 * EPS, scale)
-    close("w = -1", at_minus_1, ref.eps_mixture(case.beta, case.t, x, weight, m, s2), 1e2 * EPS, scale)
+    close(
+        "w = -1", at_minus_1, ref.eps_mixture(case.beta, case.t, x, weight, m, s2), 1e2 * EPS, scale
+    )
 
 
 def test_reference_log_density_is_that_of_a_mixture_and_integrates_to_1():
@@ -775,7 +783,9 @@ def test_reference_log_density_is_that_of_a_mixture_and_integrates_to_1():
     for x in (-1.0, 0.0, 2.5):
         log_p = math.log(one[0] @ stats.norm.pdf(x, a * one[1], np.sqrt(a**2 * one[2] + v)))
         close("log p", ref.log_density(SHORT, 2, np.array(x), *one), log_p, 8 * EPS, 1 + abs(log_p))
-    total = integrate.quad(lambda x: math.exp(ref.log_density(SHORT, 2, np.array(x), *one)), -12, 12)[0]
+    total = integrate.quad(
+        lambda x: math.exp(ref.log_density(SHORT, 2, np.array(x), *one)), -12, 12
+    )[0]
     close("integral", total, 1, 1e-7)
 
 

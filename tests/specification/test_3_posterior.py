@@ -80,7 +80,9 @@ def test_eq7_posterior_mean_gives_each_image_its_own_t():
     d = ddpm.Diffusion([0, 0.1, 0.5, 0.3])
     x0, xt = torch.randn(2, 3, 2, 2, 2, dtype=torch.float64)
     t = torch.tensor([1, 3, 2])
-    one_by_one = torch.cat([d.posterior_mean(x0[i : i + 1], xt[i : i + 1], int(t[i])) for i in range(3)])
+    one_by_one = torch.cat(
+        [d.posterior_mean(x0[i : i + 1], xt[i : i + 1], int(t[i])) for i in range(3)]
+    )
     same("mu_tilde", d.posterior_mean(x0, xt, t), one_by_one)
 
 

@@ -26,7 +26,9 @@ def test_eq4_eps_from_x0_undoes_q_sample(case, x0, eps):
     d = ddpm.Diffusion(case.beta)
     xt = d.q_sample(f64(x0), case.t, f64(eps))
     _, noise = ref.forward_moments(case.beta)
-    close("eps", d.eps_from_x0(xt, case.t, f64(x0)), eps, 4 * EPS, abs(eps) + 1 / noise[case.t] ** 0.5)
+    close(
+        "eps", d.eps_from_x0(xt, case.t, f64(x0)), eps, 4 * EPS, abs(eps) + 1 / noise[case.t] ** 0.5
+    )
 
 
 @every_case
@@ -35,7 +37,9 @@ def test_eq15_x0_from_eps_solves_eq4_of_the_chain(case):
     signal, noise = ref.forward_moments(case.beta)
     xt, eps = 0.9, -1.7
     x0 = ddpm.Diffusion(case.beta).x0_from_eps(f64(xt), case.t, f64(eps))
-    close("xt", signal[case.t] * x0 + noise[case.t] ** 0.5 * eps, xt, tolerance(case) + 1e3 * EPS, 1.0)
+    close(
+        "xt", signal[case.t] * x0 + noise[case.t] ** 0.5 * eps, xt, tolerance(case) + 1e3 * EPS, 1.0
+    )
 
 
 @every_case
@@ -87,7 +91,9 @@ def test_clipping_is_done_before_the_mean_is_formed(case):
     clipped = d.posterior_mean(f64(-1, 1, 1), xt, case.t)
     if (d.x0_from_eps(xt, case.t, eps).abs() > 1).all():
         for how in ({}, {"clip": True}):
-            close("mu_theta", d.p_mean(xt, case.t, eps, **how), clipped, tolerance(case), 1 + xt.abs())
+            close(
+                "mu_theta", d.p_mean(xt, case.t, eps, **how), clipped, tolerance(case), 1 + xt.abs()
+            )
 
 
 def test_clipping_is_seen_at_every_step_of_the_papers_schedule():

@@ -109,11 +109,14 @@ def test_eq14_is_least_for_the_conditional_mean_of_the_noise(weights, means, var
     m, s2 = f64(means, variances)[:, torch.multinomial(f64(*weights), N, replacement=True)]
     x0, errors = (m + s2.sqrt() * torch.randn_like(m))[:, None], {}
     for name, off in ("exact", 0.0), ("off by 0.3", 0.3):
+
         def model(xt, t, off=off):
             answer = torch.zeros_like(xt)
             for step in range(1, 6):
                 here = t == step
-                answer[here] = torch.from_numpy(ref.eps_mixture(BRUTAL, step, xt[here].numpy(), *data))
+                answer[here] = torch.from_numpy(
+                    ref.eps_mixture(BRUTAL, step, xt[here].numpy(), *data)
+                )
             return answer + off
 
         batches = x0.reshape(100, 1000, 1)

@@ -28,16 +28,24 @@ import reference_numpy as ref
 
 BRUTAL = np.array([0, 0.1, 0.3, 0.8, 0.2])  # short and steep, so that each step is seen
 N, MEAN, VAR = 20_000, 0.5, 0.25  # samples of scalar data x0 ~ N(MEAN, VAR)
-MIXTURE = np.array([0.3, 0.7]), np.array([-0.6, 0.5]), np.array([0.02, 0.1])  # weights, means, variances
+MIXTURE = (
+    np.array([0.3, 0.7]),
+    np.array([-0.6, 0.5]),
+    np.array([0.02, 0.1]),
+)  # weights, means, variances
 
 
 def at_each_step(eps):
     """A model (xt, t) of images at any steps, from eps(step, xt) in NumPy."""
+
     def model(xt, t):
         out = torch.empty_like(xt)
         for step in t.unique().tolist():
-            out[t == step] = torch.from_numpy(np.asarray(eps(step, xt[t == step].numpy()))).to(xt.dtype)
+            out[t == step] = torch.from_numpy(np.asarray(eps(step, xt[t == step].numpy()))).to(
+                xt.dtype
+            )
         return out
+
     return model
 
 
@@ -167,7 +175,10 @@ def test_algorithm2_statistics_reject_a_sampler_in_which(fault):
     model = gaussian_model(BRUTAL)
     assert not rejects(has_normal_moments, "x0", wrong_sampler(None, d.beta, d, model), *moments)
     assert rejects(has_normal_moments, fault, wrong_sampler(fault, d.beta, d, model), *moments)
-    law, model = ref.mixture_law(BRUTAL, ref.ancestral_steps(BRUTAL, BRUTAL), *MIXTURE), mixture_model(BRUTAL)
+    law, model = (
+        ref.mixture_law(BRUTAL, ref.ancestral_steps(BRUTAL, BRUTAL), *MIXTURE),
+        mixture_model(BRUTAL),
+    )
     assert not rejects(has_law, "x0", wrong_sampler(None, d.beta, d, model), *law)
     assert rejects(has_law, fault, wrong_sampler(fault, d.beta, d, model), *law)
 
@@ -272,7 +283,9 @@ def test_loss_samplers_and_bound_are_the_same_on_another_device():
     far.agrees(results, x)
     bound = ddpm.bound_terms(model, d, x, [d.beta], generator=generator())
     with far.device(), torch.device("far"):
-        same("bound", ddpm.bound_terms(model, d, x.to("far"), [d.beta], generator=generator()), bound)
+        same(
+            "bound", ddpm.bound_terms(model, d, x.to("far"), [d.beta], generator=generator()), bound
+        )
 
 
 @pytest.mark.parametrize("sampler", ["sample_ancestral", "sample_ddim"])
@@ -280,5 +293,7 @@ def test_sampling_builds_no_graph(sampler):
     """Nothing to differentiate is kept, however long the chain."""
     w = torch.ones((), requires_grad=True)
     grid = [[1, 2, 3, 4]] if sampler == "sample_ddim" else []
-    x0 = getattr(ddpm, sampler)(lambda xt, t: w * xt, ddpm.Diffusion(BRUTAL), torch.ones(2, 1), *grid)
+    x0 = getattr(ddpm, sampler)(
+        lambda xt, t: w * xt, ddpm.Diffusion(BRUTAL), torch.ones(2, 1), *grid
+    )
     assert not x0.requires_grad and x0.dtype == torch.float32

@@ -96,7 +96,13 @@ def test_ddim_eq12_first_step_has_the_mean_that_keeps_the_marginals(case, data, 
     ddpm.sample_ddim(lambda x, t_: eps.expand_as(x), d, xt[None], [s, t] if s else [t], 0.0, clip=False,
                      on_step=told.__setitem__)  # fmt: skip
     k_0, k_t, _ = ref.ddim_step(case.beta, t, s, 0.0)
-    close("xs", told[s], k_0 * x0 + k_t * xt, 4 * tolerance(case) + 1e2 * EPS, 1 + 1 / d.alpha_bar[t] ** 0.5)
+    close(
+        "xs",
+        told[s],
+        k_0 * x0 + k_t * xt,
+        4 * tolerance(case) + 1e2 * EPS,
+        1 + 1 / d.alpha_bar[t] ** 0.5,
+    )
 
 
 @pytest.mark.parametrize("beta, grid", [
@@ -106,7 +112,9 @@ def test_ddim_eq12_first_step_has_the_mean_that_keeps_the_marginals(case, data, 
 def test_ddim_with_eta_1_survives_a_jump_whose_variance_rounds_to_all_there_is(beta, grid):
     """1 - alpha_bar_s - sigma^2 is a tiny positive number; rounded below 0, its root must be 0."""
     x0 = f64([0.3])
-    got = ddpm.sample_ddim(image_model(np.array(beta), x0), ddpm.Diffusion(beta), normal(1, 1), grid, 1.0)
+    got = ddpm.sample_ddim(
+        image_model(np.array(beta), x0), ddpm.Diffusion(beta), normal(1, 1), grid, 1.0
+    )
     close("x0", got, x0, 1e-9, 1.0)
 
 

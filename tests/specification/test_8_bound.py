@@ -9,7 +9,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from judge import EPS, close, eps, f64, generator, has_mean, randomness, refused, rejects, same, tolerance
+from judge import (
+    EPS,
+    close,
+    eps,
+    f64,
+    generator,
+    has_mean,
+    randomness,
+    refused,
+    rejects,
+    same,
+    tolerance,
+)
 from strategies import every_short_case, pixels
 from test_6_ancestral import BRUTAL, at_each_step, image_model
 
@@ -33,7 +45,9 @@ def level(k):
 def test_kl_of_two_gaussians_is_cross_entropy_minus_entropy(m1, v1, m2, v2):
     """E_1[log p_1 - log p_2] in nats; the error is relative to the terms that cancel."""
     scale = 1 + abs(np.log(v1)) + abs(np.log(v2)) + (v1 + (m1 - m2) ** 2) / v2
-    close("KL", ddpm.normal_kl(*f64(m1, v1, m2, v2)), ref.gaussian_kl(m1, v1, m2, v2), 8 * EPS, scale)
+    close(
+        "KL", ddpm.normal_kl(*f64(m1, v1, m2, v2)), ref.gaussian_kl(m1, v1, m2, v2), 8 * EPS, scale
+    )
 
 
 @given(m1=means, v1=variances, m2=means, v2=variances)
@@ -102,7 +116,11 @@ def terms_of(case_or_beta, k, model, tables=("beta", "beta_tilde"), pixels=(1,),
 
     def recording(xt, t):
         for step in t.unique().tolist():
-            same(f"x_{step}, which the model is asked again", xt[t == step], seen.get(step, xt[t == step]))
+            same(
+                f"x_{step}, which the model is asked again",
+                xt[t == step],
+                seen.get(step, xt[t == step]),
+            )
             seen[step] = xt[t == step]
         return model(xt, t)
 
@@ -249,7 +267,9 @@ def test_bound_refuses_pixels_that_are_not_on_the_256_levels():
     with refused("images in [0, 1]"):
         ddpm.bound_terms(lambda xt, t: xt, d, torch.arange(256.0)[:, None] / 255, [d.beta])
     with refused("pixels a third of a level too dark"):
-        ddpm.bound_terms(lambda xt, t: xt, d, (torch.arange(1.0, 256)[:, None] - 0.33) / 127.5 - 1, [d.beta])
+        ddpm.bound_terms(
+            lambda xt, t: xt, d, (torch.arange(1.0, 256)[:, None] - 0.33) / 127.5 - 1, [d.beta]
+        )
     levels = torch.arange(256, dtype=torch.uint8)[:, None].float() / 127.5 - 1
     assert ddpm.bound_terms(lambda xt, t: xt, d, levels, [d.beta]).isfinite().all()
 
@@ -297,7 +317,9 @@ def test_eq5_bound_has_the_predicted_terms_and_is_above_the_entropy():
     terms, _, d = monte_carlo_terms()
     entropy = ref.entropy_bits(WEIGHTS)
     for row, sigma2 in enumerate((d.beta, d.beta_tilde)):
-        want = ref.bound_terms_discrete(MILD, sigma2.numpy(), d.beta_tilde[2].item(), LEVELS, WEIGHTS)
+        want = ref.bound_terms_discrete(
+            MILD, sigma2.numpy(), d.beta_tilde[2].item(), LEVELS, WEIGHTS
+        )
         for t in range(d.T):
             has_mean(f"L_{t}", terms[row, :, t], want[t])
         has_mean("the bound", terms[row].sum(1), want.sum())

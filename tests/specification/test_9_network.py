@@ -37,7 +37,9 @@ def numpy_network(net, x, t, labels=None, **how):
     """What the NumPy network says of x, t and labels, with the weights of net, which has the options how."""
     weights = by_role(net, roles(**how), x, t)
     options = {k: how[k] for k in ("ch", "mult", "blocks", "attention", "groups") if k in how}
-    return ref.unet(x.numpy(), t.numpy(), weights, labels=labels, has_labels="num_classes" in how, **options)
+    return ref.unet(
+        x.numpy(), t.numpy(), weights, labels=labels, has_labels="num_classes" in how, **options
+    )
 
 
 # --- The whole network ---------------------------------------------------------------------------
@@ -86,7 +88,13 @@ def test_appB_sinusoid_has_sines_then_cosines_with_half_minus_1_in_the_denominat
     for dim in (4, 32, 128):
         got = ddpm.timestep_embedding(t, dim)
         assert got.shape == (1000, dim) and got.dtype in (torch.float32, torch.float64)
-        close("embedding", got, ref.timestep_embedding(t.numpy(), dim), 4 * EPS32, 1 + t[:, None].numpy())
+        close(
+            "embedding",
+            got,
+            ref.timestep_embedding(t.numpy(), dim),
+            4 * EPS32,
+            1 + t[:, None].numpy(),
+        )
 
 
 def test_network_starts_near_zero_so_that_L_simple_starts_at_1():
@@ -105,7 +113,9 @@ def test_network_starts_with_xavier_uniform_weights_and_zero_biases():
     how = dict(ch=32, mult=(1, 2), attention=(1,))
     named = list(roles(**how))
     net = ddpm.UNet(**how)
-    for (role, shape), w in zip(named, by_role(net, named, torch.zeros(1, 3, 4, 4), torch.tensor([1]))):
+    for (role, shape), w in zip(
+        named, by_role(net, named, torch.zeros(1, 3, 4, 4), torch.tensor([1]))
+    ):
         if len(shape) == 1:
             assert (w == ("norm" in role and role.endswith("weight"))).all(), role
         else:
@@ -163,7 +173,9 @@ def test_the_network_is_the_same_on_another_device():
         names = [f"gradient of {name}" for name, _ in net.named_parameters()]
         return dict(zip(["eps", *names], [out, *gradients], strict=True))
 
-    far.agrees(results, images(2, 3, 8, 8).float(), torch.tensor([1, 9]), torch.tensor([0, 2]), tol=1e-5)
+    far.agrees(
+        results, images(2, 3, 8, 8).float(), torch.tensor([1, 9]), torch.tensor([0, 2]), tol=1e-5
+    )
 
 
 def test_labels_for_a_network_without_labels_are_refused():
@@ -213,7 +225,11 @@ def block_weights(block, x, emb):
 @pytest.mark.parametrize("c_in, c_out", [(8, 8), (8, 12)])
 def test_residual_block_is_norm_silu_conv_twice_around_the_embedding(c_in, c_out):
     """shortcut(x) + conv(silu(norm(conv(silu(norm x)) + dense(silu(emb))))), in the released order."""
-    block, x, emb = random_(ddpm.ResBlock(c_in, c_out, 16, 0.0, 4)), images(2, c_in, 3, 5), images(2, 16)
+    block, x, emb = (
+        random_(ddpm.ResBlock(c_in, c_out, 16, 0.0, 4)),
+        images(2, c_in, 3, 5),
+        images(2, 16),
+    )
     want = ref.residual_block(x.numpy(), emb.numpy(), iter(block_weights(block, x, emb)), 4)
     close(matched("residual block"), block(x, emb), want, 1e-9, np.abs(want).max())
 
@@ -240,7 +256,11 @@ def test_attention_commutes_with_permuting_the_pixels(seed):
 
 def test_group_norm_divides_by_the_standard_deviation_with_eps_1e_6():
     """A faint image (variance 1e-6) tells eps = 1e-6 from torch's 1e-5: through a residual block."""
-    block, x, emb = random_(ddpm.ResBlock(8, 8, 16, 0.0, 4)), 1e-3 * images(2, 8, 4, 4), images(2, 16)
+    block, x, emb = (
+        random_(ddpm.ResBlock(8, 8, 16, 0.0, 4)),
+        1e-3 * images(2, 8, 4, 4),
+        images(2, 16),
+    )
     want = ref.residual_block(x.numpy(), emb.numpy(), iter(block_weights(block, x, emb)), 4)
     close(matched("residual block"), block(x, emb), want, 1e-9, np.abs(want).max())
 
@@ -267,8 +287,12 @@ def test_dropout_acts_just_before_the_last_convolution_of_a_residual_block():
     want = block.eval()(x, emb)[0, 0, 0, 0].item()
     h = ref.conv2d(ref.silu(ref.group_norm(x.numpy(), 4, *norm1)), *conv1)
     h = h + (ref.silu(emb.numpy()) @ dense[0].T + dense[1])[:, :, None, None]
-    adds = conv2[0][0, :, 1:, 1:] * ref.silu(ref.group_norm(h, 4, *norm2))[0]  # to the corner of channel 0
-    draws = block.train()(x.expand(4000, -1, -1, -1), emb.expand(4000, -1))[:, 0, 0, 0].detach().numpy()
+    adds = (
+        conv2[0][0, :, 1:, 1:] * ref.silu(ref.group_norm(h, 4, *norm2))[0]
+    )  # to the corner of channel 0
+    draws = (
+        block.train()(x.expand(4000, -1, -1, -1), emb.expand(4000, -1))[:, 0, 0, 0].detach().numpy()
+    )
     has_mean("output under dropout", draws, want)
     has_mean("its squared deviation", (draws - want) ** 2, (adds**2).sum() * 0.25 / 0.75)
     kept = np.random.default_rng(judge.SEED).random((4000, 8, 2, 2)) >= 0.25
@@ -279,7 +303,10 @@ def test_dropout_acts_just_before_the_last_convolution_of_a_residual_block():
 
 def test_appB_dropout_is_a_tenth_by_default():
     """The paper's CIFAR-10 setting: with the same weights and draws, training says what dropout=0.1 says."""
-    nets = [ddpm.UNet(ch=8, groups=4, **how).train() for how in ({}, dict(dropout=0.1), dict(dropout=0.2))]
+    nets = [
+        ddpm.UNet(ch=8, groups=4, **how).train()
+        for how in ({}, dict(dropout=0.1), dict(dropout=0.2))
+    ]
     for p, *others in zip(*(net.parameters() for net in nets)):
         torch.nn.init.normal_(p, 0, 0.3)
         for other in others:
@@ -342,4 +369,6 @@ def test_labels_are_told_apart_from_the_start():
     net, x, t = ddpm.UNet(**SMALL, num_classes=3).double(), images(1, 3, 8, 8), torch.tensor([5])
     outputs = [net(x, t, torch.tensor([y])) for y in range(4)]
     for i, one in enumerate(outputs):
-        assert not any(torch.equal(one, other) for other in outputs[:i]), f"label {i} is as one before it"
+        assert not any(torch.equal(one, other) for other in outputs[:i]), (
+            f"label {i} is as one before it"
+        )

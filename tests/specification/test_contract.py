@@ -46,7 +46,9 @@ def randomised(module):
 
 def network(**how):
     """A small labelled network."""
-    how = dict(in_channels=2, ch=8, mult=(1, 2), blocks=1, groups=4, dropout=0.0, num_classes=3) | how
+    how = (
+        dict(in_channels=2, ch=8, mult=(1, 2), blocks=1, groups=4, dropout=0.0, num_classes=3) | how
+    )
     return randomised(ddpm.UNet(**how))
 
 
@@ -55,7 +57,9 @@ def inputs(dtype=torch.float64):
     random = judge.generator(11)
     x0 = torch.randint(0, 256, (3, 2, 4, 4), generator=random) / 127.5 - 1
     xt, eps, v = torch.randn(3, 3, 2, 4, 4, generator=random, dtype=torch.float64)
-    given = dict(x0=x0, xt=xt, eps=eps, v=v, emb=torch.randn(3, 32, generator=random), beta=f64(*BRUTAL))
+    given = dict(
+        x0=x0, xt=xt, eps=eps, v=v, emb=torch.randn(3, 32, generator=random), beta=f64(*BRUTAL)
+    )
     given = {name: x.to(torch.float64 if name == "beta" else dtype) for name, x in given.items()}
     return dict(given, t=torch.tensor([3, 2, 4]), y=torch.tensor([0, 3, 1]), labels=torch.arange(60) % 3,
                 generator=judge.generator(12), model=Model(), learned=Model(learns=True),
@@ -164,7 +168,10 @@ def arguments(name, dtype=torch.float64):
     """New arguments of a call."""
     given = inputs(dtype)
     given.update({key: MADE[key]() for key in needs(name) if key in MADE})
-    return {key: given[key].to(dtype) if key in MADE and key != "d" else given[key] for key in needs(name)}
+    return {
+        key: given[key].to(dtype) if key in MADE and key != "d" else given[key]
+        for key in needs(name)
+    }
 
 
 def call(name, given):
@@ -210,7 +217,9 @@ def test_results_share_no_memory(name):
     held = [x for x in given.values() for x in tensors(x)]
     places = [x.untyped_storage().data_ptr() for x in results]
     assert len(set(places)) == len(places), "two results are one"
-    assert not set(places) & {x.untyped_storage().data_ptr() for x in held}, "a result is an argument"
+    assert not set(places) & {x.untyped_storage().data_ptr() for x in held}, (
+        "a result is an argument"
+    )
 
 
 def test_nothing_is_kept_between_calls():
@@ -228,7 +237,9 @@ def test_nothing_is_kept_between_calls():
                 call(name, given[name])
             gc.collect()
             left = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
-            assert not left, f"{name}: {len(left)} tensors are left, the first {tuple(left[0].shape)}"
+            assert not left, (
+                f"{name}: {len(left)} tensors are left, the first {tuple(left[0].shape)}"
+            )
     finally:
         gc.unfreeze()
 
@@ -288,7 +299,9 @@ def flags_left_alone(unusual):
             put(wanted[flag])
         yield
         left = {flag: read() for flag, (read, *_) in FLAGS.items()}
-        assert left == wanted, [f"{flag} is {left[flag]}" for flag in FLAGS if left[flag] != wanted[flag]]
+        assert left == wanted, [
+            f"{flag} is {left[flag]}" for flag in FLAGS if left[flag] != wanted[flag]
+        ]
     finally:
         for flag, (_, put, *_) in FLAGS.items():
             put(before[flag])
@@ -368,6 +381,7 @@ class default_type:
 def test_ambient_state_changes_no_formula(name):
     """The same bits, whatever type and device new tensors have by default, and under autocast (but for a
     network's own layers, whose business it is)."""
+
     def bits():
         judge.seed()
         if "generator" in given:
@@ -399,7 +413,11 @@ def test_a_model_in_bfloat16_has_its_answers_rounded_and_nothing_else(name):
             given[key] = lambda *asked, model=model, after=after: model(*asked).bfloat16().to(after)
         results.append(tensors(call(name, given)))
     for got, want in zip(*results, strict=True):
-        if name not in ("improved.eps_only", "improved.strided", "improved.guided at w = 0"):  # that answer
+        if name not in (
+            "improved.eps_only",
+            "improved.strided",
+            "improved.guided at w = 0",
+        ):  # that answer
             same("result", got, want)
 
 
@@ -421,10 +439,18 @@ def test_without_clipping_a_linear_model_samples_linearly(sampler):
     d, xT = ddpm.Diffusion(BRUTAL), inputs()["xt"]
 
     def draw(xT):
-        return SAMPLERS[sampler](lambda xt, t: 0.3 * xt, d, xT, clip=False, generator=judge.generator())
+        return SAMPLERS[sampler](
+            lambda xt, t: 0.3 * xt, d, xT, clip=False, generator=judge.generator()
+        )
 
     noise = draw(0 * xT)
-    close("x0 - b z", draw(1e3 * xT) - noise, 1e3 * (draw(xT) - noise), 1e-9, 1e3 * (1 + xT.abs().max()))
+    close(
+        "x0 - b z",
+        draw(1e3 * xT) - noise,
+        1e3 * (draw(xT) - noise),
+        1e-9,
+        1e3 * (1 + xT.abs().max()),
+    )
 
 
 @every_sampler
@@ -436,7 +462,10 @@ def test_clipping_touches_no_state_while_x0_is_an_image(sampler):
     def draw(clip):
         def model(xt, t):
             return (xt - signal[t[0]] * 0.9 * given["x0"]) / noise[t[0]] ** 0.5
-        return told(SAMPLERS[sampler], model, d, 100 * given["xt"], clip=clip, generator=judge.generator())
+
+        return told(
+            SAMPLERS[sampler], model, d, 100 * given["xt"], clip=clip, generator=judge.generator()
+        )
 
     for free, clipped in zip(draw(False), draw(True), strict=True):
         close("state", clipped, free, 1e-11, 500.0)
@@ -519,7 +548,8 @@ def test_every_option_counts_and_alone_as_much_as_among_the_others(name):
         same(f"result with {option}", alone, result(**{**defaults, option: others()[option]}))
         assert differ(alone, by_default), f"{option} is ignored"
         assert differ(result(**others()), result(**{**others(), option: defaults[option]})), (
-            f"{option} is ignored beside the others")
+            f"{option} is ignored beside the others"
+        )
 
 
 def differ(a, b):

@@ -78,10 +78,14 @@ def d():
 
 def two_nets(none, w, eps):
     """A labelled model: tanh(w xt) for images without a label, tanh(eps xt) for the others."""
+
     def net(xt, t, y):
         copies = len(y) // len(w)
-        scale = torch.where(y[:, None, None, None] == none, *(x.repeat(copies, 1, 1, 1) for x in (w, eps)))
+        scale = torch.where(
+            y[:, None, None, None] == none, *(x.repeat(copies, 1, 1, 1) for x in (w, eps))
+        )
         return torch.tanh(scale * xt)
+
     return net
 
 
@@ -125,8 +129,10 @@ SMOOTH = {
 for scale in (0.0, -1.0, 2.0):
     SMOOTH[f"improved.guided at w = {scale:g}"] = (
         lambda xt, w, eps, scale=scale: improved.guided(
-            two_nets(3, w, eps), torch.tensor([0, 1, 1]), 3, scale)(xt, t),
-        lambda xt, w, eps, scale=scale: (1 + scale) * np.tanh(eps * xt) - scale * np.tanh(w * xt))
+            two_nets(3, w, eps), torch.tensor([0, 1, 1]), 3, scale
+        )(xt, t),
+        lambda xt, w, eps, scale=scale: (1 + scale) * np.tanh(eps * xt) - scale * np.tanh(w * xt),
+    )
 
 
 def compare(function, reference, given, name):
@@ -142,10 +148,12 @@ def compare(function, reference, given, name):
     c = torch.randn(value.shape, generator=judge.generator(22), dtype=torch.float64)
     slope = None
     if value.requires_grad:
-        slope, = torch.autograd.grad((c * value).sum(), x, allow_unused=True)
+        (slope,) = torch.autograd.grad((c * value).sum(), x, allow_unused=True)
     up, down = (np.asarray(reference(**{**given, name: given[name] + h * u})) for h in (H, -H))
     want = (c.numpy() * (up - down)).sum() / (2 * H)
-    close(f"slope in {name}", 0.0 if slope is None else (slope * u).sum(), want, 1e-6, 1 + abs(want))
+    close(
+        f"slope in {name}", 0.0 if slope is None else (slope * u).sum(), want, 1e-6, 1 + abs(want)
+    )
 
 
 PAIRS = [(function, name) for function in SMOOTH for name in inspect.signature(SMOOTH[function][0]).parameters
@@ -169,7 +177,12 @@ def test_gradients_are_the_slopes_of_the_reference(function, name):
 # --- The network ---------------------------------------------------------------------------------
 
 Y = torch.tensor([0, 3, 1])  # of three classes, where 3 is no label
-LAYERS = {"block": ("xt", "emb"), "attention": ("xt",), "net": ("xt", "t", "y"), "training": ("xt", "t", "y")}
+LAYERS = {
+    "block": ("xt", "emb"),
+    "attention": ("xt",),
+    "net": ("xt", "t", "y"),
+    "training": ("xt", "t", "y"),
+}
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -183,7 +196,10 @@ def test_gradients_of_the_network_are_the_slopes_of_its_outputs(layer):
 
     def function(weights, **arguments):
         parts = weights.split([shape.numel() for shape in names.values()])
-        moved = {name: part.reshape(shape) for (name, shape), part in zip(names.items(), parts, strict=True)}
+        moved = {
+            name: part.reshape(shape)
+            for (name, shape), part in zip(names.items(), parts, strict=True)
+        }
         return torch.func.functional_call(net, moved, tuple(arguments.values()))
 
     for name in given.keys() - {"t", "y"}:

@@ -39,10 +39,12 @@ fractions = st.floats(-1, 2)  # v, where a network may well put it
 
 def joined(eps, v):
     """A model with learned variances, from one of eps and one of v (a number, or a table of t)."""
+
     def model(xt, t):
         said = np.full(len(t), v) if np.isscalar(v) else v[t.numpy()]
         said = torch.from_numpy(said).to(xt.dtype).reshape(-1, *[1] * (xt.ndim - 1))
         return torch.cat([eps(xt, t), said.expand_as(xt)], dim=1)
+
     return model
 
 
@@ -90,7 +92,9 @@ def test_iddpm_eq15_variance_interpolates_the_logarithms(case, v):
     close("sigma^2", got, ref.learned_variance(case.beta, case.t, v), log_slack(case, v))
 
 
-@pytest.mark.parametrize("beta", [BRUTAL, MILD, np.array([0, 0.2, 0.5]), np.array([0, 0.3])], ids=len)
+@pytest.mark.parametrize(
+    "beta", [BRUTAL, MILD, np.array([0, 0.2, 0.5]), np.array([0, 0.3])], ids=len
+)
 def test_iddpm_eq15_beta_tilde_2_stands_for_beta_tilde_at_t1(beta):
     """From beta_tilde_2 to beta_1, since beta_tilde_1 is 0; with T = 1 there is only beta_1."""
     low = ref.posterior(beta, 2)[2] if len(beta) > 2 else beta[1]
@@ -103,13 +107,20 @@ def test_iddpm_eq15_every_image_has_its_own_t_and_every_pixel_its_own_v():
     v = torch.linspace(-0.5, 1.5, 18, dtype=torch.float64).reshape(3, 2, 3)
     got = improved.variance(d, t, v)
     for i in range(3):
-        close(f"sigma^2 of image {i}", got[i], ref.learned_variance(BRUTAL, int(t[i]), v[i].numpy()), 1e-14)
+        close(
+            f"sigma^2 of image {i}",
+            got[i],
+            ref.learned_variance(BRUTAL, int(t[i]), v[i].numpy()),
+            1e-14,
+        )
 
 
 def test_iddpm_eq15_tables_stay_in_float64_for_a_network_in_bfloat16():
     """sigma^2 is float32 then, and good to the rounding of a logarithm of 1e-9 in float32."""
     beta = ref.linear_beta(1000, 1e-9, 1e-4)
-    got = improved.variance(ddpm.Diffusion(beta), 2, torch.tensor([0.0, 0.5, 1.0], dtype=torch.bfloat16))
+    got = improved.variance(
+        ddpm.Diffusion(beta), 2, torch.tensor([0.0, 0.5, 1.0], dtype=torch.bfloat16)
+    )
     assert got.dtype == torch.float32
     close("sigma^2", got, ref.learned_variance(beta, 2, [0, 0.5, 1]), 64 * 1.2e-7)
 
@@ -143,7 +154,11 @@ def test_a_model_without_a_v_for_every_pixel_is_refused(channels):
 def test_iddpm_the_papers_network_with_learned_variances_has_35749766_parameters():
     """Three channels more in the last layer of the CIFAR-10 network."""
     net = ddpm.UNet(3, 6)
-    assert sum(p.numel() for p in net.parameters()) == ref.unet_parameter_count(out_channels=6) == 35_749_766
+    assert (
+        sum(p.numel() for p in net.parameters())
+        == ref.unet_parameter_count(out_channels=6)
+        == 35_749_766
+    )
 
 
 # --- iDDPM eq. 5, eq. 6: a term of the bound -----------------------------------------------------
@@ -179,8 +194,14 @@ def test_iddpm_eq5_term_at_t1_is_the_decoder_with_the_learned_variance(k, v, x1)
 
 def test_iddpm_eq6_images_of_a_batch_have_their_terms_at_their_own_t():
     """t = 1 among others: each image's term is the one that it has alone, and its gradient is finite."""
-    d, t, v = ddpm.Diffusion(BRUTAL), torch.tensor([3, 1, 4, 1]), normal(4, 1, 2, 1, seed=1).requires_grad_()
-    x0 = torch.from_numpy(level(np.array([[0, 255], [255, 0], [7, 90], [128, 200]]))).reshape(4, 1, 2, 1)
+    d, t, v = (
+        ddpm.Diffusion(BRUTAL),
+        torch.tensor([3, 1, 4, 1]),
+        normal(4, 1, 2, 1, seed=1).requires_grad_(),
+    )
+    x0 = torch.from_numpy(level(np.array([[0, 255], [255, 0], [7, 90], [128, 200]]))).reshape(
+        4, 1, 2, 1
+    )
     xt = d.q_sample(x0, t, normal(4, 1, 2, 1, seed=2))
     got = improved.bound_term(d, x0, xt, t, 0.3 * xt, v)
     assert got.shape == (4,)
@@ -212,7 +233,9 @@ def test_iddpm_eq6_term_clips_x0_as_the_sampler_does():
     said = [d.eps_from_x0(xt, 3, far * white) for far in (3, 1)]
     terms = [improved.bound_term(d, white, xt, 3, eps, 0 * xt) for eps in said]
     close("L_2", *terms, 1e-12, 1.0)
-    assert (improved.bound_term(d, white, xt, 3, said[0], 0 * xt, clip=False) > terms[0] + 0.05).all()
+    assert (
+        improved.bound_term(d, white, xt, 3, said[0], 0 * xt, clip=False) > terms[0] + 0.05
+    ).all()
 
 
 # --- iDDPM eq. 16: the hybrid loss ---------------------------------------------------------------
@@ -239,7 +262,12 @@ T_OF_EACH = torch.tensor([2, 4, 1, 3, 4])
 def a_batch():
     """x0, eps, and a model of five images of two pixels; eps_theta is not eps."""
     k = np.random.default_rng(5).integers(0, 256, (5, 2))
-    return k, torch.from_numpy(level(k)), normal(5, 2), Said(normal(5, 2, seed=1), 0.4 * normal(5, 2, seed=2))
+    return (
+        k,
+        torch.from_numpy(level(k)),
+        normal(5, 2),
+        Said(normal(5, 2, seed=1), 0.4 * normal(5, 2, seed=2)),
+    )
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.001, 1.0])
@@ -267,7 +295,13 @@ def test_iddpm_eq16_v_learns_from_L_vlb_with_a_weight_of_a_thousandth():
             up, down = (ref.decoder_log_prob(k[i], mean, ref.learned_variance(BRUTAL, 1, v[i] + h))
                         for h in (1e-5, -1e-5))  # fmt: skip
             slope = (down - up) / 2e-5
-        close(f"gradient in v at t = {t}", got[i], 0.001 * 4 * slope / LN2 / 10, 1e-6, 1e-3 + abs(slope))
+        close(
+            f"gradient in v at t = {t}",
+            got[i],
+            0.001 * 4 * slope / LN2 / 10,
+            1e-6,
+            1e-3 + abs(slope),
+        )
 
 
 @pytest.mark.parametrize("how", [{}, {"weight": 0.1}], ids=["0.001, the default", "0.1"])
@@ -298,23 +332,35 @@ def test_iddpm_eq16_in_bfloat16_has_the_loss_and_gradients_of_float64(t):
     """A network in bfloat16, the paper's schedule: its outputs are rounded, and nothing after them. A
     gradient comes back rounded to 8 bits, twice. The numbers are the same whatever the seed: it is what
     float32 makes of these that was bounded."""
+
     def normal(*shape, seed=1):
         generator = torch.Generator().manual_seed(seed)
         return torch.randn(*shape, dtype=torch.float64, generator=generator)
 
     d, eps = ddpm.Diffusion(ref.linear_beta(1000)), normal(4, 13, seed=0)
     x0 = torch.from_numpy(level(np.arange(0, 256, 5))).reshape(4, 13)
-    theta, v = (eps + 0.1 * normal(4, 13, seed=1)).bfloat16(), (0.3 + 0.2 * normal(4, 13, seed=2)).bfloat16()
+    theta, v = (
+        (eps + 0.1 * normal(4, 13, seed=1)).bfloat16(),
+        (0.3 + 0.2 * normal(4, 13, seed=2)).bfloat16(),
+    )
     results = {}
     for kind in (torch.bfloat16, torch.float64):
         model, data = Said(theta.to(kind), v.to(kind)), torch.promote_types(kind, torch.float32)
-        loss = improved.loss_hybrid(model, d, x0.to(data), torch.tensor([t] * 4), eps.to(data), weight=1.0)
+        loss = improved.loss_hybrid(
+            model, d, x0.to(data), torch.tensor([t] * 4), eps.to(data), weight=1.0
+        )
         assert loss.dtype == data
         results[kind] = [part.double() for part in (loss, *model.gradients(loss))]
     (got, *got_slopes), (want, *slopes) = results.values()
     close(f"loss at t = {t}", got, want, 1e-4)
     for what, got, want in zip(("eps", "v"), got_slopes, slopes):
-        close(f"gradient in {what} at t = {t}", got, want, 1.0, 0.02 * want.abs() + 1e-3 * want.abs().max())
+        close(
+            f"gradient in {what} at t = {t}",
+            got,
+            want,
+            1.0,
+            0.02 * want.abs() + 1e-3 * want.abs().max(),
+        )
 
 
 @every_case
@@ -325,12 +371,16 @@ def test_iddpm_eq16_has_no_gradient_for_one_image_at_the_exact_eps_and_beta_tild
         return
     d, x0, eps = ddpm.Diffusion(case.beta), f64([0.4], [-0.9]), f64([1.5], [-0.3])
     model = Said(eps, torch.zeros_like(eps))
-    in_eps, in_v = model.gradients(improved.loss_hybrid(model, d, x0, torch.tensor([case.t] * 2), eps))
+    in_eps, in_v = model.gradients(
+        improved.loss_hybrid(model, d, x0, torch.tensor([case.t] * 2), eps)
+    )
     close("gradient in eps", in_eps, 0, 4 * EPS, 1.0)
     low, high = ref.variance_ends(case.beta, case.t)
     signal, _ = ref.forward_moments(case.beta)
     slack = log_slack(case, 0) + (1e3 * EPS / signal[case.t] + tolerance(case)) ** 2 / low
-    difference = np.log(high / low) + 8 * EPS * (1 + abs(np.log(low)))  # of two logarithms, as rounded
+    difference = np.log(high / low) + 8 * EPS * (
+        1 + abs(np.log(low))
+    )  # of two logarithms, as rounded
     close("gradient in v", in_v, 0, slack, 0.001 * case.T * difference)
 
 
@@ -363,7 +413,9 @@ def test_iddpm_eq16_has_no_gradient_for_gaussian_data_at_the_exact_eps_and_varia
         def model(xt, t, a=a, b=b, v=v, here=here):
             return torch.cat([exact + a * xt + b, torch.full_like(xt, here) + v], dim=1)
 
-        loss = improved.loss_hybrid(model, ddpm.Diffusion(case.beta), x0, torch.tensor([case.t] * 4), eps)
+        loss = improved.loss_hybrid(
+            model, ddpm.Diffusion(case.beta), x0, torch.tensor([case.t] * 4), eps
+        )
         in_a, in_b, in_v = torch.autograd.grad(loss, (a, b, v))
         scale = 0.001 * case.T * np.log(high / low) / LN2
         if not off:
@@ -401,9 +453,16 @@ def test_iddpm_eq19_strided_betas_are_those_of_the_jumps_between_the_steps_kept(
     _, d = improved.strided(None, ddpm.Diffusion(case.beta), grid)
     signal, _ = ref.forward_moments(case.beta)
     close("beta'", d.beta, ref.strided_beta(case.beta, grid), tolerance(case))
-    close("alpha_bar'", d.alpha_bar, signal[[0, *grid]] ** 2, 8 * case.T * EPS + tolerance(case), 1.0)
+    close(
+        "alpha_bar'", d.alpha_bar, signal[[0, *grid]] ** 2, 8 * case.T * EPS + tolerance(case), 1.0
+    )
     for i, (s, t) in enumerate(zip([0, *grid[:-1]], grid), 1):
-        close(f"beta_tilde'_{i}", d.beta_tilde[i], ref.posterior(case.beta, t, s)[2], 4 * tolerance(case))
+        close(
+            f"beta_tilde'_{i}",
+            d.beta_tilde[i],
+            ref.posterior(case.beta, t, s)[2],
+            4 * tolerance(case),
+        )
 
 
 def test_iddpm_eq19_the_model_sees_the_steps_by_their_own_numbers():
@@ -444,7 +503,9 @@ def test_sampling_with_v_0_or_1_is_algorithm2_with_beta_tilde_or_beta(case):
     """The same noise, the same samples."""
     d, xT = ddpm.Diffusion(case.beta), normal(3, 2)
     for v, sigma2 in ((0.0, d.beta_tilde), (1.0, d.beta)):
-        fixed = ddpm.sample_ancestral(lambda xt, t: torch.tanh(xt), d, xT, sigma2, generator=generator())
+        fixed = ddpm.sample_ancestral(
+            lambda xt, t: torch.tanh(xt), d, xT, sigma2, generator=generator()
+        )
         model = joined(lambda xt, t: torch.tanh(xt), v)
         got = improved.sample_ancestral(model, d, xT, generator=generator())
         close(f"x0 with v = {v:g}", got, fixed, 64 * (tolerance(case) + 32 * EPS), 1.0)
@@ -453,10 +514,16 @@ def test_sampling_with_v_0_or_1_is_algorithm2_with_beta_tilde_or_beta(case):
 @pytest.mark.parametrize("v", [-1.0, 2.0])
 def test_sampling_and_bound_take_v_as_it_is_outside_0_1_too(v):
     """eq. 15 as printed cuts it nowhere: they are Algorithm 2 and eq. 5 with its table of variances."""
-    d, xT, x0 = ddpm.Diffusion(BRUTAL), normal(3, 2), torch.from_numpy(level(np.array([[3, 99], [200, 255]])))
+    d, xT, x0 = (
+        ddpm.Diffusion(BRUTAL),
+        normal(3, 2),
+        torch.from_numpy(level(np.array([[3, 99], [200, 255]]))),
+    )
     sigma2 = f64(0, *(float(ref.learned_variance(BRUTAL, t, v)) for t in range(1, 5)))
     model = joined(lambda xt, t: torch.tanh(xt), v)
-    fixed = ddpm.sample_ancestral(lambda xt, t: torch.tanh(xt), d, xT, sigma2, generator=generator())
+    fixed = ddpm.sample_ancestral(
+        lambda xt, t: torch.tanh(xt), d, xT, sigma2, generator=generator()
+    )
     close("x0", improved.sample_ancestral(model, d, xT, generator=generator()), fixed, 1e-12, 10.0)
     fixed, learned = improved.bound_terms(model, d, x0, [sigma2], generator=generator())
     close("L_1 .. L_T", learned[:, 1:], fixed[:, 1:], 1e-12, 1 + fixed[:, 1:].abs())
@@ -512,18 +579,23 @@ def test_sampling_with_learned_variances_asks_clips_and_stops_as_algorithm2():
         return torch.cat([9 * w * xt, 0.5 + 0 * xt], dim=1)
 
     def draw(seeds, **how):
-        return improved.sample_ancestral(model, d, normal(5, 1)[seeds],
-                                         generator=[generator(seed) for seed in seeds], **how)
+        return improved.sample_ancestral(
+            model, d, normal(5, 1)[seeds], generator=[generator(seed) for seed in seeds], **how
+        )
 
     told = []
     together = draw(list(range(5)), on_step=lambda s, xs: told.append(xs))
     assert [t for t, _ in asked] == [[t] * 5 for t in (4, 3, 2, 1)]
     same("what the model saw", torch.stack([xt for _, xt in asked[1:]]), torch.stack(told[:-1]))
-    assert not together.requires_grad and together.abs().max() <= 1 + 1e-12 and together is not told[0]
+    assert (
+        not together.requires_grad and together.abs().max() <= 1 + 1e-12 and together is not told[0]
+    )
     same("x0", together, torch.cat([draw([seed]) for seed in range(5)]))
     assert draw(list(range(5)), clip=False).abs().max() > 2
     one = ddpm.Diffusion([0, 0.5])
-    last = [improved.sample_ancestral(model, one, normal(3, 1), generator=generator(s)) for s in (1, 2)]
+    last = [
+        improved.sample_ancestral(model, one, normal(3, 1), generator=generator(s)) for s in (1, 2)
+    ]
     same("x0 of T = 1 by another generator", *last)
 
 
@@ -559,7 +631,9 @@ def test_sampling_stays_in_float32_with_a_network_in_bfloat16():
         return torch.cat([0.3 * xt, 0.4 * xt], dim=1).bfloat16()
 
     x0 = improved.sample_ancestral(model, d, xT, generator=generator())
-    as_float32 = improved.sample_ancestral(lambda xt, t: model(xt, t).float(), d, xT, generator=generator())
+    as_float32 = improved.sample_ancestral(
+        lambda xt, t: model(xt, t).float(), d, xT, generator=generator()
+    )
     same("x0", x0, as_float32)
 
 
@@ -569,7 +643,9 @@ def test_sampling_stays_in_float32_with_a_network_in_bfloat16():
 def test_bound_has_a_row_for_each_fixed_variance_and_one_for_the_learned_on_the_same_draws():
     """The fixed rows are ddpm.py's; v = 0 and v = 1 give theirs again, but for v = 1 at t = 1."""
     d, x0 = ddpm.Diffusion(MILD), torch.from_numpy(level(np.array([[3, 250], [77, 130]])))
-    fixed = ddpm.bound_terms(lambda xt, t: 0.5 * xt, d, x0, [d.beta, d.beta_tilde], generator=generator())
+    fixed = ddpm.bound_terms(
+        lambda xt, t: 0.5 * xt, d, x0, [d.beta, d.beta_tilde], generator=generator()
+    )
     for v, row in ((1.0, 0), (0.0, 1)):
         model = joined(lambda xt, t: 0.5 * xt, v)
         got = improved.bound_terms(model, d, x0, [d.beta, d.beta_tilde], generator=generator())
@@ -578,9 +654,17 @@ def test_bound_has_a_row_for_each_fixed_variance_and_one_for_the_learned_on_the_
         close(f"L_1 .. L_T with v = {v:g}", got[2, :, 1:], fixed[row, :, 1:], 1e-12, 1.0)
         if not v:
             close("L_0 with v = 0", got[2, :, 0], fixed[1, :, 0], 1e-12)
-    same("the learned row alone", improved.bound_terms(model, d, x0, generator=generator())[0], got[2])
+    same(
+        "the learned row alone",
+        improved.bound_terms(model, d, x0, generator=generator())[0],
+        got[2],
+    )
     free = improved.bound_terms(model, d, x0, [d.beta], clip=False, generator=generator())[0]
-    same("unclipped", free, ddpm.bound_terms(lambda xt, t: 0.5 * xt, d, x0, [d.beta], False, generator())[0])
+    same(
+        "unclipped",
+        free,
+        ddpm.bound_terms(lambda xt, t: 0.5 * xt, d, x0, [d.beta], False, generator())[0],
+    )
     assert not torch.equal(free, fixed[0])
     alone = improved.bound_terms(model, d, x0[:1], generator=[generator(7)])
     same("one image", alone, improved.bound_terms(model, d, x0[:1], generator=generator(7)))
@@ -608,14 +692,24 @@ def test_bound_of_the_exact_variance_is_never_above_that_of_beta_or_beta_tilde(c
     d, (x0, _, xt, exact) = ddpm.Diffusion(case.beta), four_nodes(case, 0.3, s2)
     best = ref.exact_variance_gaussian(case.beta, case.t, s2)
     terms = {}
-    for name, v in ("learned", fraction(case.beta, case.t, best)), ("beta_tilde", 0.0), ("beta", 1.0):
+    for name, v in (
+        ("learned", fraction(case.beta, case.t, best)),
+        ("beta_tilde", 0.0),
+        ("beta", 1.0),
+    ):
         sigma2 = ref.learned_variance(case.beta, case.t, v)
-        term = improved.bound_term(d, x0, xt, case.t, exact, torch.full_like(xt, v), clip=False).mean()
+        term = improved.bound_term(
+            d, x0, xt, case.t, exact, torch.full_like(xt, v), clip=False
+        ).mean()
         want = ref.kl_term_gaussian(case.beta, case.t, s2, sigma2) / LN2
         slack = node_slack(case, ref.posterior(case.beta, case.t)[2]) * max(1, best / sigma2)
-        close(f"L_{case.t - 1} of {name}", term, want, slack, 1 + abs(np.log(sigma2)) + best / sigma2)
+        close(
+            f"L_{case.t - 1} of {name}", term, want, slack, 1 + abs(np.log(sigma2)) + best / sigma2
+        )
         terms[name] = term
-    assert terms["learned"] <= min(terms["beta"], terms["beta_tilde"]) + slack * (1 + abs(np.log(best)))
+    assert terms["learned"] <= min(terms["beta"], terms["beta_tilde"]) + slack * (
+        1 + abs(np.log(best))
+    )
 
 
 def best_variances(beta, levels, weights):
@@ -624,6 +718,7 @@ def best_variances(beta, levels, weights):
     For t > 1, L_{t-1} = (log sigma^2 + M / sigma^2) / 2 and a constant, M being the mean square of what
     sigma^2 is about, so that M is the best, and one value of L_{t-1} tells it; the decoder's is sought.
     """
+
     def decoder(v):
         return ref.expected_term(beta, 1, ref.learned_variance(beta, 1, v), levels, weights)
 
@@ -639,9 +734,13 @@ def test_bound_of_the_best_learned_variances_is_as_predicted_and_below_both_fixe
     below that of beta and of beta_tilde, and still above the entropy."""
     sigma2 = best_variances(MILD, LEVELS, WEIGHTS)
     want = ref.bound_terms_discrete(MILD, sigma2, sigma2[1], LEVELS, WEIGHTS)
-    x0 = torch.from_numpy(level(np.random.default_rng(1).choice(LEVELS, p=WEIGHTS, size=20_000)))[:, None]
+    x0 = torch.from_numpy(level(np.random.default_rng(1).choice(LEVELS, p=WEIGHTS, size=20_000)))[
+        :, None
+    ]
     d, model = ddpm.Diffusion(MILD), joined(exact_model(MILD), fractions_of(MILD, sigma2))
-    terms = improved.bound_terms(model, d, x0, [d.beta, d.beta_tilde], clip=False, generator=generator(3))
+    terms = improved.bound_terms(
+        model, d, x0, [d.beta, d.beta_tilde], clip=False, generator=generator(3)
+    )
     for t in range(d.T):
         has_mean(f"L_{t}", terms[2, :, t], want[t])
     total = terms.sum(2).mean(1)
@@ -675,7 +774,9 @@ def test_cfg_eq6_eps_is_the_score_of_the_class_to_the_1_plus_w_over_the_datas_to
     y, xt = torch.tensor([0, 1]), f64(*x)[:, None]
     net = Labelled(case.beta)
     got = improved.guided(net, y, NONE, w)(xt, torch.tensor([case.t] * 2))
-    want = [ref.guided_eps(case.beta, case.t, np.array(x[k]), w, CLASSES[k], EVERYONE) for k in (0, 1)]
+    want = [
+        ref.guided_eps(case.beta, case.t, np.array(x[k]), w, CLASSES[k], EVERYONE) for k in (0, 1)
+    ]
     _, noise = ref.forward_moments(case.beta)
     scale = (1 + abs(w)) * (10 + abs(np.array(x))) / noise[case.t] ** 0.5 / 0.02
     close("eps", got[:, 0], want, tolerance(case) + 1e2 * EPS, scale)
@@ -688,8 +789,16 @@ def test_cfg_eq6_means_that_w_0_is_conditional_and_w_minus_1_is_not():
     net = Labelled(BRUTAL)
     one, none = net(xt, t, y), net(xt, t, torch.full_like(y, NONE))
     close("eps at w = 1e-12", improved.guided(net, y, NONE, 1e-12)(xt, t), one, 1e-10, 1.0)
-    close("eps at w = -1 + 1e-12", improved.guided(net, y, NONE, -1 + 1e-12)(xt, t), none, 1e-10, 1.0)
-    close("eps at w = 1", improved.guided(net, y, NONE, 1.0)(xt, t), 2 * one - none, 1e-14, 1 + abs(one))
+    close(
+        "eps at w = -1 + 1e-12", improved.guided(net, y, NONE, -1 + 1e-12)(xt, t), none, 1e-10, 1.0
+    )
+    close(
+        "eps at w = 1",
+        improved.guided(net, y, NONE, 1.0)(xt, t),
+        2 * one - none,
+        1e-14,
+        1 + abs(one),
+    )
     same("eps by default", improved.guided(net, y, NONE)(xt, t), one)
     assert (one - none).abs().max() > 0.01
 
@@ -705,9 +814,12 @@ def a_network(variances=False):
 
 @pytest.mark.parametrize("w", [0.0, -1.0])
 @pytest.mark.parametrize("sampler", ["ancestral", "ddim", "learned"])
-def test_cfg_eq6_at_w_0_and_minus_1_samples_as_conditional_and_unconditional_bit_for_bit(sampler, w):
+def test_cfg_eq6_at_w_0_and_minus_1_samples_as_conditional_and_unconditional_bit_for_bit(
+    sampler, w
+):
     net, y, d = a_network(sampler == "learned"), torch.tensor([0, 2, 1, 1]), ddpm.Diffusion(BRUTAL)
     xT = normal(4, 1, 4, 4).float()
+
     def draw(model):
         if sampler == "ddim":
             return ddpm.sample_ddim(model, d, xT, [1, 2, 4], 0.5, generator=generator())
@@ -773,7 +885,9 @@ def test_cfg_algorithm1_drops_each_label_on_its_own_with_probability_p():
     has_mean("share of labels dropped", dropped, 0.1)
     has_mean("share of neighbours both dropped", dropped[::2] * dropped[1::2], 0.01)
     same("labels that are kept", got[got != 7], y[got != 7])
-    batches = torch.cat([improved.drop_labels(y[:4], 7, p=0.3, generator=generator(s)) for s in range(500)])
+    batches = torch.cat(
+        [improved.drop_labels(y[:4], 7, p=0.3, generator=generator(s)) for s in range(500)]
+    )
     some = (batches.reshape(-1, 4) == 7).sum(1).bincount(minlength=5)
     assert (some > 0).all(), f"batches of 4 with 0 .. 4 labels dropped: {some.tolist()}"
 

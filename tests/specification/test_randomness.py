@@ -20,7 +20,9 @@ pytestmark = judge.randomness
 # --- Where it comes from -------------------------------------------------------------------------
 
 # What draws from the generator that it is given, or else from the global one; and what draws from that alone.
-DRAWING = [name for name in CALLS_AND_NETWORKS if "generator" in needs(name) and "its t" not in name]
+DRAWING = [
+    name for name in CALLS_AND_NETWORKS if "generator" in needs(name) and "its t" not in name
+]
 TRAINING = {
     "loss_simple": lambda given: ddpm.loss_simple(given["model"], given["d"], given["x0"]),
     "loss_simple, t given": lambda given: ddpm.loss_simple(
@@ -87,7 +89,9 @@ def test_without_a_generator_the_global_one_decides(name):
     assert states()[1:] == others, "NumPy's or Python's generator moved"
 
 
-@pytest.mark.parametrize("name", [name for name in CALLS_AND_NETWORKS if "generator" not in needs(name)])
+@pytest.mark.parametrize(
+    "name", [name for name in CALLS_AND_NETWORKS if "generator" not in needs(name)]
+)
 def test_what_is_given_all_that_it_needs_draws_nothing(name):
     """A loss that is given t and eps, DDIM with eta = 0, a network in eval mode or without dropout."""
     given, before = arguments(name), states()
@@ -225,7 +229,9 @@ def noises(run):
         ddpm.sample_ancestral(lambda xt, t: zero(xt), d, xt, d.beta_tilde, **how)
     else:
         improved.sample_ancestral(lambda xt, t: torch.cat([zero(xt)] * 2, dim=1), d, xt, **how)
-    steps = zip(grid[:0:-1], states, states[1:])  # each: mean xt / sqrt(alpha_t), variance beta_tilde_t
+    steps = zip(
+        grid[:0:-1], states, states[1:]
+    )  # each: mean xt / sqrt(alpha_t), variance beta_tilde_t
     return [(after.numpy() - before.numpy() / (1 - BRUTAL[t]) ** 0.5) / ref.posterior(BRUTAL, t)[2] ** 0.5
             for t, before, after in steps]  # fmt: skip
 
@@ -244,6 +250,9 @@ def test_every_step_of_a_run_has_new_standard_normal_noise(run):
 @pytest.mark.parametrize("generators", ["global", "one", "one per image"])
 def test_noise_like_is_standard_normal_and_independent(generators):
     """Over images, channels, rows and columns, whatever it is drawn from."""
-    given = {"global": None, "one": judge.generator(33),
-             "one per image": [judge.generator(40 + i) for i in range(900)]}[generators]
+    given = {
+        "global": None,
+        "one": judge.generator(33),
+        "one per image": [judge.generator(40 + i) for i in range(900)],
+    }[generators]
     is_standard_normal("z", ddpm.noise_like(torch.empty(900, 2, 4, 4, dtype=torch.float64), given))

@@ -36,7 +36,9 @@ def ask(xt=None, t=(1, 2), y=None, **how):
 
 
 def simple(x0=None, t=(1, 2), model=model, loss=lambda: ddpm.loss_simple):
-    return loss()(model, d(), images(2, 3) if x0 is None else x0, None if t is None else torch.tensor(t))
+    return loss()(
+        model, d(), images(2, 3) if x0 is None else x0, None if t is None else torch.tensor(t)
+    )
 
 
 def hybrid(**how):

@@ -49,7 +49,9 @@ def test_T1_eq7_and_eq11_give_the_clean_image():
 def test_T1_algorithm1_draws_t_1_only():
     """There is no other."""
     asked = []
-    ddpm.loss_simple(lambda xt, t: asked.append(t) or 0 * xt, ddpm.Diffusion(BETA), torch.zeros(50, 1))
+    ddpm.loss_simple(
+        lambda xt, t: asked.append(t) or 0 * xt, ddpm.Diffusion(BETA), torch.zeros(50, 1)
+    )
     same("t", asked[0], torch.ones(50, dtype=torch.int64))
 
 
@@ -59,7 +61,9 @@ def test_T1_samplers_return_the_only_image_without_noise(sampler):
     d, x0 = ddpm.Diffusion(BETA), f64([0.3], [-1.0])
     ways = [([1], 0.0), ([1], 1.0)] if sampler == "sample_ddim" else [(d.beta,), (d.beta_tilde,)]
     for way in ways:
-        got = getattr(ddpm, sampler)(image_model(BETA, x0), d, normal(2, 1), *way, generator=generator())
+        got = getattr(ddpm, sampler)(
+            image_model(BETA, x0), d, normal(2, 1), *way, generator=generator()
+        )
         close("x0", got, x0, 32 * EPS, 4.0)
 
 
@@ -78,4 +82,6 @@ def test_T1_bound_is_the_decoder_with_beta_1_and_the_prior():
     mean = d.p_mean(seen[0], 1, 0.5 * seen[0])[:, 0].numpy()
     want = -ref.decoder_log_prob(k, mean, 0.3) / LN2
     close("L_0", terms[0, :, 0], want, 1e-9, 1 + abs(want))
-    close("L_T", terms[0, :, 1], ref.gaussian_kl(0.7**0.5 * level(k), 0.3, 0, 1) / LN2, 32 * EPS, 2.0)
+    close(
+        "L_T", terms[0, :, 1], ref.gaussian_kl(0.7**0.5 * level(k), 0.3, 0, 1) / LN2, 32 * EPS, 2.0
+    )

@@ -151,7 +151,9 @@ def take(found, role, shape, several):
                 pieces = [list(piece) for piece in zip(*(x.chunk(parts) for x in found[i]))]
                 found[i : i + 1] = pieces[1:]
                 return pieces[0]
-    raise broken("formula", f"no weight {tuple(shape)} is left for {role}, in the order of use; {HELP}")
+    raise broken(
+        "formula", f"no weight {tuple(shape)} is left for {role}, in the order of use; {HELP}"
+    )
 
 
 def by_use(net, wanted, inputs):
@@ -171,7 +173,9 @@ def by_use(net, wanted, inputs):
 
 def matched(what):
     """What is compared, and how the weights were found, if it was by their use."""
-    return what if judged.ROLES else f"{what}, of weights matched by the order of their use; {HELP};"
+    return (
+        what if judged.ROLES else f"{what}, of weights matched by the order of their use; {HELP};"
+    )
 
 
 def by_role(net, wanted, *inputs):

@@ -51,8 +51,14 @@ def run_network(f, xt, t, config, weights=()):
     net = f.UNet(**config).eval()
     arrays = {name: torch.tensor(stored(f"network.npz:{name}")) for name in weights}
     count = sum(p.numel() for p in net.parameters())
-    assert not weights or count == sum(a.numel() for a in arrays.values()), f"UNet has {count} weights"
-    named = f.weights_by_role(net) if hasattr(f, "weights_by_role") else dict(zip(arrays, net.parameters()))
+    assert not weights or count == sum(a.numel() for a in arrays.values()), (
+        f"UNet has {count} weights"
+    )
+    named = (
+        f.weights_by_role(net)
+        if hasattr(f, "weights_by_role")
+        else dict(zip(arrays, net.parameters()))
+    )
     for name, array in arrays.items():
         if name not in named or named[name].squeeze().shape != array.squeeze().shape:
             raise NotImplementedError(f"weights_by_role, and {name} in the order of use")
@@ -83,8 +89,12 @@ def answer(f, call, given, want):
     first = [] if d is None else [d] if "." in call else [model, d]
     noise = g.pop("noise", ())
     z = (noise.clone() for _ in itertools.count()) if call == "bound_terms" else iter(noise)
-    on_step = {"on_step": lambda s, xs: states.append(xs.clone())} if call.startswith("sample_") else {}
-    with mock.patch.multiple(torch, randn=lambda *_, **__: next(z), randn_like=lambda *_, **__: next(z)):
+    on_step = (
+        {"on_step": lambda s, xs: states.append(xs.clone())} if call.startswith("sample_") else {}
+    )
+    with mock.patch.multiple(
+        torch, randn=lambda *_, **__: next(z), randn_like=lambda *_, **__: next(z)
+    ):
         result = function(*first, *g.values(), **on_step)
     return dict.fromkeys(want, torch.stack(states) if states else result)
 
@@ -110,7 +120,9 @@ def judge(f, case, precision):
     """(error, verdict, where) of a case. The verdict is held, departed (how), absent (what) or failed."""
     try:
         got = answer(f, case["call"], case["given"], case.get("want", ()))
-        error, where = largest(got, case, precision) if "want" in case else (np.inf, "is not refused")
+        error, where = (
+            largest(got, case, precision) if "want" in case else (np.inf, "is not refused")
+        )
         for word, departure in case.get("departures", {}).items():
             if error > 1 and largest(got, {**case, **departure}, precision)[0] <= 1:
                 return 0.0, f"departed ({word})", ""
@@ -124,11 +136,17 @@ def judge(f, case, precision):
 
 
 def main(argv=None):
-    subjects = {path.stem: json.loads(path.read_text())["cases"] for path in sorted(HERE.glob("*.json"))}
+    subjects = {
+        path.stem: json.loads(path.read_text())["cases"] for path in sorted(HERE.glob("*.json"))
+    }
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("file", metavar="FILE", nargs="?", type=pathlib.Path, default=ROOT / "ddpm.py")
+    parser.add_argument(
+        "file", metavar="FILE", nargs="?", type=pathlib.Path, default=ROOT / "ddpm.py"
+    )
     parser.add_argument("--precision", choices=["float64", "float32"], default="float64")
-    parser.add_argument("--only", metavar="SUBJECT", nargs="+", choices=subjects, help=", ".join(subjects))
+    parser.add_argument(
+        "--only", metavar="SUBJECT", nargs="+", choices=subjects, help=", ".join(subjects)
+    )
     args = parser.parse_args(argv)
     sys.path[:0] = [str(args.file.parent), str(ROOT)]  # it may import its neighbours, and ddpm.py
     f = sys.modules["judged"] = types.ModuleType("judged")
@@ -151,7 +169,9 @@ def main(argv=None):
         total.update(verdict.split(" (")[0] for _, verdict, *_ in results)
     if set(total) == {"absent"}:
         parser.exit(2, f"check.py: {args.file} has none of the names that are judged\n")
-    print(f"{args.file.name} in {args.precision}: {', '.join(f'{n} {v}' for v, n in sorted(total.items()))}")
+    print(
+        f"{args.file.name} in {args.precision}: {', '.join(f'{n} {v}' for v, n in sorted(total.items()))}"
+    )
     return 1 if total["failed"] else 0
 
 

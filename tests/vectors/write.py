@@ -34,7 +34,9 @@ class Process(NamedTuple):
 
 def listed(name, beta):
     """A process whose table is short enough to be written down, and looked at from 1 to T."""
-    return Process(name, list(map(float, beta)), np.array(beta, np.float64), list(range(1, len(beta))))
+    return Process(
+        name, list(map(float, beta)), np.array(beta, np.float64), list(range(1, len(beta)))
+    )
 
 
 ONE = listed("T = 1", [0, 0.5])
@@ -96,6 +98,7 @@ TANH = """the normal CDF is the authors' code's tanh approximation, and the mass
 
 def subject(**head):
     """Registers the cases of a file with its words. tolerance: those of (float64, float32)."""
+
     def add(cases):
         SUBJECTS[cases.__name__] = cases, head
         return cases
@@ -154,12 +157,16 @@ def schedule(kind, beta, tolerance, scale, words="", **given):
 )  # fmt: skip
 def schedules(rng):
     yield schedule("linear", ref.linear_beta(1000), 4 * EPS, 0.02, ", the paper's by default")
-    yield schedule("cosine", ref.cosine_beta(1000), 8 * EPS, cosine_scale(1000), ", the paper's by default")
+    yield schedule(
+        "cosine", ref.cosine_beta(1000), 8 * EPS, cosine_scale(1000), ", the paper's by default"
+    )
     for T, beta_1, beta_T in (1, 0.5, 0.5), (10, 0.05, 0.7), (1000, 1e-4, 0.02):
         ends = {"beta_1": beta_1, "beta_T": beta_T}
         yield schedule("linear", ref.linear_beta(T, **ends), 4 * EPS, beta_T, **ends)
     for T in 1, 10, 1000:
-        yield schedule("cosine", ref.cosine_beta(T), 8 * EPS, cosine_scale(T), s=0.008, beta_max=0.999)
+        yield schedule(
+            "cosine", ref.cosine_beta(T), 8 * EPS, cosine_scale(T), s=0.008, beta_max=0.999
+        )
     for T, beta_1, beta_T in (1, 0.5, 0.5), (10, 0.01, 0.9), (1000, 1e-4, 0.066):
         ends = {"beta_1": beta_1, "beta_T": beta_T}
         beta = ref.exponential_beta(T, **ends)
@@ -224,14 +231,21 @@ def parametrisation(rng):
     for p in ALL:
         a, b, c_0, c_t = coefficients(p.beta, p.steps)
         x, eps = images(rng, len(p.steps), 2), draw(rng, len(p.steps), 2)
-        xt = np.round((1.5 * a * x + b * eps) * 64) / 64  # the x0 that it implies is in range or somewhat out
+        xt = (
+            np.round((1.5 * a * x + b * eps) * 64) / 64
+        )  # the x0 that it implies is in range or somewhat out
         x0, size = (xt - b * eps) / a, (abs(xt) + b * abs(eps)) / a
         given = {"xt": xt, "t": p.steps, "eps": eps}
         yield case(p, "Diffusion.x0_from_eps", given, {"x0": x0}, {"x0": size})
         yield case(p, "Diffusion.eps_from_x0", {"xt": xt, "t": p.steps, "x0": x},
                    {"eps": (xt - a * x) / b}, {"eps": (abs(xt) + a * abs(x)) / b})  # fmt: skip
-        free = {"want": {"mean": c_0 * x0 + c_t * xt}, "scale": {"mean": c_0 * size + c_t * abs(xt)}}
-        yield case(p, "Diffusion.p_mean", {**given, "clip": False}, **free, stages=2, kind=", clip off")
+        free = {
+            "want": {"mean": c_0 * x0 + c_t * xt},
+            "scale": {"mean": c_0 * size + c_t * abs(xt)},
+        }
+        yield case(
+            p, "Diffusion.p_mean", {**given, "clip": False}, **free, stages=2, kind=", clip off"
+        )
         clipped = c_0 * x0.clip(-1, 1) + c_t * xt
         size = c_0 * np.where(abs(x0) > 1, 1, size) + c_t * abs(xt)
         yield case(p, "Diffusion.p_mean", {**given, "clip": True}, {"mean": clipped}, {"mean": size},
@@ -335,7 +349,9 @@ def ddim(rng):
                        kind=f", grid {grid}, eta {eta}, clip {'on' if clip else 'off'}",
                        **({"departures": others} if clip else {}))  # fmt: skip
             if p is CLIFF:
-                one["tolerance"] = {precision: root**0.5 for precision, root in one["tolerance"].items()}
+                one["tolerance"] = {
+                    precision: root**0.5 for precision, root in one["tolerance"].items()
+                }
             yield one
 
 
@@ -404,7 +420,10 @@ def decoder(rng):
         ("missed by 64 sigma", 1.0, 2.0**-12),
     ]:
         mean = np.round((-1 + 2 * k / 255) * 64) / 64 + off * rng.choice([-1, 1], len(k))
-        (want, scale), (other, other_scale) = decoder_log_prob(k, mean, var), tanh_log_prob(k, mean, var)
+        (want, scale), (other, other_scale) = (
+            decoder_log_prob(k, mean, var),
+            tanh_log_prob(k, mean, var),
+        )
         yield {"name": name, "call": "discretized_log_likelihood",
                "given": {"k": k, "mean": mean, "var": np.full(len(k), var)},
                "want": {"log_p": want}, "scale": {"log_p": scale},
@@ -468,7 +487,11 @@ def bound_terms(beta, tables, k, z, clip, sigma_1=False, log_prob=decoder_log_pr
 )  # fmt: skip
 def bound(rng):
     for p in SHORT:
-        k, z, variances = rng.integers(0, 256, (2, 2)), draw(rng, 2, 2), [p.beta, beta_tilde(p.beta)]
+        k, z, variances = (
+            rng.integers(0, 256, (2, 2)),
+            draw(rng, 2, 2),
+            [p.beta, beta_tilde(p.beta)],
+        )
         k[:, 0] = 0, 255
         for clip in False, True:
             run = p.beta, variances, k, z
@@ -523,9 +546,14 @@ def layers():
     ch, blocks, top = CONFIG["ch"], CONFIG["blocks"], len(CONFIG["mult"]) - 1
     found = [("time.0", (4 * ch, ch)), ("time.1", (4 * ch, 4 * ch)),
              ("conv_in", (ch, CONFIG["in_channels"], 3, 3))]  # fmt: skip
-    names = [f"down.{level}.{i}" for level in range(top + 1) for i in range(blocks)] + ["mid.0", "mid.1"]
+    names = [f"down.{level}.{i}" for level in range(top + 1) for i in range(blocks)] + [
+        "mid.0",
+        "mid.1",
+    ]
     names += [f"up.{level}.{i}" for level in reversed(range(top + 1)) for i in range(blocks + 1)]
-    for name, (level, i, o) in zip(names, ref.residual_table(ch, CONFIG["mult"], blocks), strict=True):
+    for name, (level, i, o) in zip(
+        names, ref.residual_table(ch, CONFIG["mult"], blocks), strict=True
+    ):
         found += block_layers(name, i, o, level in CONFIG["attention"] or name == "mid.0")
         if name == f"down.{level}.{blocks - 1}" and level < top:
             found.append((f"shrink.{level}", (o, o, 3, 3)))
@@ -541,7 +569,11 @@ def network_arrays(rng):
         mean, spread = (1.0, 0.3) if "norm" in name else (0.0, 0.7 / np.prod(shape[1:]) ** 0.5)
         weights[f"{name}.weight"] = mean + spread * rng.standard_normal(shape)
         weights[f"{name}.bias"] = 0.3 * rng.standard_normal(shape[0])
-    return draw(rng, 2, 3, 4, 6), np.array([1, 700]), {k: np.round(w * 256) / 256 for k, w in weights.items()}
+    return (
+        draw(rng, 2, 3, 4, 6),
+        np.array([1, 700]),
+        {k: np.round(w * 256) / 256 for k, w in weights.items()},
+    )
 
 
 def unet(xt, t, weights):
@@ -551,6 +583,7 @@ def unet(xt, t, weights):
 
 def sensitivity(rng, xt, t, weights, step=2.0**-20):
     """The largest change of an output when each pixel and weight moves by +-step of itself, over step."""
+
     def moved(x):
         return x * (1 + step * rng.choice([-1, 1], x.shape))
 
@@ -594,7 +627,12 @@ def network(rng):
     tolerance=("none", "none"),
 )  # fmt: skip
 def refused(rng):
-    beta, pair, one, wide = STEEP.written, np.full((2, 2), 0.5), np.full((1, 2), 0.5), np.full((2, 3), 0.5)
+    beta, pair, one, wide = (
+        STEEP.written,
+        np.full((2, 2), 0.5),
+        np.full((1, 2), 0.5),
+        np.full((2, 3), 0.5),
+    )
     t, run = [1, 2], {"eta": 0.0, "clip": False, "noise": np.full((4, 2, 2), 0.5)}
     judged = {"variances": [beta], "clip": True, "noise": one}
     for name, call, given in [
@@ -607,14 +645,42 @@ def refused(rng):
         ("beta is a matrix", "Diffusion", {"beta": [[0.0, 0.1], [0.0, 0.1]]}),
         ("t is T + 1", "Diffusion.q_sample", {"beta": beta, "x0": pair, "t": [1, 5], "eps": pair}),
         ("t is -1", "Diffusion.q_sample", {"beta": beta, "x0": pair, "t": [1, -1], "eps": pair}),
-        ("t is longer", "Diffusion.q_sample", {"beta": beta, "x0": pair, "t": [1, 2, 3], "eps": pair}),
+        (
+            "t is longer",
+            "Diffusion.q_sample",
+            {"beta": beta, "x0": pair, "t": [1, 2, 3], "eps": pair},
+        ),
         ("eps is wider", "Diffusion.q_sample", {"beta": beta, "x0": pair, "t": t, "eps": wide}),
-        ("eps would be repeated", "Diffusion.q_sample", {"beta": beta, "x0": pair, "t": t, "eps": one}),
-        ("no step from 0", "Diffusion.posterior_mean", {"beta": beta, "x0": pair, "xt": pair, "t": [1, 0]}),
-        ("no step from 0", "Diffusion.eps_from_x0", {"beta": beta, "xt": pair, "t": [1, 0], "x0": pair}),
-        ("xt would be repeated", "Diffusion.posterior_mean", {"beta": beta, "x0": pair, "xt": one, "t": t}),
-        ("eps would be repeated", "Diffusion.x0_from_eps", {"beta": beta, "xt": pair, "t": t, "eps": one}),
-        ("x0 would be repeated", "Diffusion.eps_from_x0", {"beta": beta, "xt": pair, "t": t, "x0": one}),
+        (
+            "eps would be repeated",
+            "Diffusion.q_sample",
+            {"beta": beta, "x0": pair, "t": t, "eps": one},
+        ),
+        (
+            "no step from 0",
+            "Diffusion.posterior_mean",
+            {"beta": beta, "x0": pair, "xt": pair, "t": [1, 0]},
+        ),
+        (
+            "no step from 0",
+            "Diffusion.eps_from_x0",
+            {"beta": beta, "xt": pair, "t": [1, 0], "x0": pair},
+        ),
+        (
+            "xt would be repeated",
+            "Diffusion.posterior_mean",
+            {"beta": beta, "x0": pair, "xt": one, "t": t},
+        ),
+        (
+            "eps would be repeated",
+            "Diffusion.x0_from_eps",
+            {"beta": beta, "xt": pair, "t": t, "eps": one},
+        ),
+        (
+            "x0 would be repeated",
+            "Diffusion.eps_from_x0",
+            {"beta": beta, "xt": pair, "t": t, "x0": one},
+        ),
         ("the grid begins at 0", "sample_ddim", {"beta": beta, "xT": pair, "grid": [0, 4], **run}),
         ("the grid falls", "sample_ddim", {"beta": beta, "xT": pair, "grid": [3, 1], **run}),
         ("a step comes twice", "sample_ddim", {"beta": beta, "xT": pair, "grid": [2, 2], **run}),
@@ -622,7 +688,11 @@ def refused(rng):
         ("11 steps of 10", "ddim_grid", {"T": 10, "n": 11}),
         ("x0 is between two levels", "bound_terms", {"beta": beta, "x0": one, **judged}),
         ("x0 is beyond 1", "bound_terms", {"beta": beta, "x0": one * 2 + 2 / 255, **judged}),
-        ("height 5, of two levels", "UNet", {"xt": np.zeros((1, 3, 5, 4)), "t": [1], "config": CONFIG}),
+        (
+            "height 5, of two levels",
+            "UNet",
+            {"xt": np.zeros((1, 3, 5, 4)), "t": [1], "config": CONFIG},
+        ),
         ("two t, one image", "UNet", {"xt": np.zeros((1, 3, 4, 4)), "t": [1, 2], "config": CONFIG}),
     ]:
         yield {"name": name, "call": call, "given": given}
