@@ -1,29 +1,28 @@
-"""The pictures that explain diffusion, drawn from a checkpoint: the papers' figures, of one's own network.
+r"""Draw pictures that explain diffusion, with your own network: the papers' figures, and the network itself.
 
-    python figures.py --out figures                           those that need no network
-    python figures.py --ckpt ckpt.pt --out figures            all that the checkpoint can show
+    python figures.py --out figures                           the pictures that need no network
+    python figures.py --ckpt ckpt.pt --out figures            all pictures possible with this checkpoint
     python figures.py --ckpt ckpt.pt --out figures --only reverse,shared
     python figures.py --out figures --only loss --log log.jsonl
 
-    1  no network    forward, schedules, embedding       iDDPM fig. 3 and 5
+    1  no network    forward, schedules, embedding, unet   iDDPM fig. 3 and 5
     2  a run         epochs, loss
-    3  sampling      reverse, shared, interpolation      DDPM fig. 6, 7, 8 and 9
-                     steps, guidance                     DDIM table 1, CFG fig. 1
-    4  the bound     rate, terms                         DDPM fig. 5, iDDPM fig. 2
+    3  sampling      reverse, shared, interpolation        DDPM fig. 6, 7, 8 and 9
+                     steps, guidance                       DDIM table 1, CFG fig. 1
+    4  the bound     rate, terms                           DDPM fig. 5, iDDPM fig. 2
 
-Each figure is a function of a Scene; its docstring says what to look for. What it plots comes from the
-functions above it, which take a model and a diffusion as ddpm.py's do.
+The docstring of each figure's function in figures.py says what to look for.
 """
 
-import support.start  # noqa: F401, and first: see there
-
-# isort: split
+import functools
+import inspect
 import itertools
 import json
-import os
 import pathlib
+import sys
 from dataclasses import dataclass
-from functools import cached_property
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))  # also under python -P
 
 import numpy as np
 import torch
@@ -31,339 +30,351 @@ from PIL import Image
 
 import ddpm
 import improved
-from support import data, devices, outputs, sampling
+import likelihood
+from support import data, devices, pictures, sampling
 from support.checkpoint import learned, load_model
 from support.command import flag, run
 from support.errors import Failure, UsageError
-from support.files import refuse_input, refuse_no_folder, replacing, takes_files
-from support.pictures import cell, to_uint8
+from support.files import grids, replacing, writable_folder
+from support.network_picture import network_picture
+from support.pictures import to_uint8
 from support.plots import Axis, heat, joined, lines, sheet, span
-from support.progress import Progress, say
+from support.progress import Progress, note, say
 
 
 @dataclass(frozen=True)
 class Config:
     ckpt: str | None = flag(
-        None,
-        "checkpoint that train.py wrote (default: draw what needs no network)",
-        group="input",
-        metavar="PATH",
+        None, "checkpoint, or a diffusers folder", group="input", metavar="PATH"
     )
-    log: str | None = flag(
-        None, "log that train.py --log wrote, for the figure loss", metavar="PATH"
-    )
+    log: str | None = flag(None, "file of train.py --log, for the figure loss", metavar="PATH")
     data: str | None = flag(
         None,
-        "images to show: glyphs, cifar10, or a folder (default: those held out "
-        "from the network's own data)",
+        "glyphs, cifar10, or a folder of images (default: the images held out in training)",
         metavar="DATA",
     )
     data_dir: str = flag(
-        "data", "folder of CIFAR-10 and of the caches of image folders", metavar="DIR"
+        "data", "folder for CIFAR-10 and the caches of image folders", metavar="DIR"
     )
 
-    out: str = flag(
-        "figures",
-        "folder for the pictures, NAME.png each; made if missing",
-        group="output",
-        metavar="DIR",
-    )
+    out: str = flag("figures", "folder for the pictures NAME.png", group="output", metavar="DIR")
     only: str | None = flag(
-        None,
-        "figures to draw, such as reverse,shared (default: all that can be drawn)",
-        metavar="NAMES",
+        None, "figures to draw, such as reverse,shared (default: all)", metavar="NAMES"
     )
     n: int | None = flag(
         None,
-        "number of images: those that a figure of samples shows (default: 3 to 10, as "
-        "suits it), and over which rate and terms average (default: 16)",
+        "number of samples in a figure (default: 3 to 10), or of images averaged in rate and terms "
+        "(default: 16)",
         low=1,
+        high=64,
     )
-    seed: int = flag(0, "image i is drawn and noised from seed + i", low=0, high=2**31)
+    seed: int = flag(0, "different seeds give different images and noise", low=0, high=2**31)
 
-    device: str = flag(
-        "auto", "device to compute on: auto, cpu, cuda, cuda:1, mps, ...", group="machine"
-    )
+    device: str = flag("auto", "device to compute on: auto, cpu, cuda, mps, ...", group="machine")
 
 
 def main(cfg, given):
     names = cfg.only.split(",") if cfg.only else list(FIGURES)
-    if unknown := [name for name in names if name not in FIGURES]:
-        raise UsageError(f"--only {unknown[0]}: no such figure; there are {', '.join(FIGURES)}")
+    for name in names:
+        if name not in FIGURES:
+            raise UsageError(f"--only {name}: not a figure; choose from {', '.join(FIGURES)}")
     if cfg.log and "loss" not in names:
-        raise UsageError("--log: the figure loss alone takes it, which --only leaves out")
+        raise UsageError("--log: only the figure loss uses it; add loss to --only")
     scene = Scene(cfg)
-    reasons = {name: why for name in names if (why := lacking(name, scene))}
-    if cfg.only and reasons:
-        raise UsageError("; ".join(f"--only {name}: needs {why}" for name, why in reasons.items()))
+    lacking = {}
+    for name in names:
+        need = needs(name, scene)
+        if need and cfg.only:
+            raise UsageError(f"--only {name}: needs {need}")
+        if need:
+            lacking[name] = need
+    writable_folder(cfg.out)
     out = pathlib.Path(cfg.out)
-    refuse_no_folder(out, cfg.out)
     out.mkdir(exist_ok=True)
-    takes_files(out / "new", cfg.out)
-    for name in names:
-        refuse_input(out / f"{name}.png", cfg.ckpt, cfg.log)
-    for name in names:
-        if name not in reasons:
-            picture = FIGURES[name](scene)
-            with replacing(out / f"{name}.png") as file:
-                picture.save(file, "PNG", optimize=True)
-            about = FIGURES[name].__doc__ or name  # python -OO leaves no docstrings
-            say(f"{out / name}.png: {about.splitlines()[0]}")
-    for name, why in reasons.items():
-        say(f"not drawn: {name}, which needs {why}")
+    drawn = [name for name in names if name not in lacking]
+    progress = Progress("drawing", len(drawn), "pictures")
+    for i, name in enumerate(drawn):
+        progress(i, name)
+        picture = FIGURES[name](scene)
+        progress.close()
+        with replacing(out / f"{name}.png") as file:
+            picture.save(file, "PNG", optimize=True)
+        say(f"{out / name}.png: {inspect.getdoc(FIGURES[name]).splitlines()[0]}")
+    for name, need in lacking.items():
+        say(f"not drawn: {name}, which needs {need}")
+    say(f"{len(drawn)} pictures in {out}")
 
 
-def lacking(name, scene):
-    """What a figure needs that was not given, in words; None, if it can be drawn."""
+def needs(name, scene):
+    """Return what a figure needs that was not given, in words; None if it can be drawn."""
     if name == "loss":
-        return None if scene.log else "--log, a file that train.py --log wrote"
-    if name in ("forward", "schedules", "embedding"):
+        return None if scene.log else "--log, a log that train.py --log wrote"
+    if name in ("forward", "schedules", "embedding", "unet"):
         return None
     if not scene.ckpt:
         return "--ckpt, a checkpoint of train.py"
     if name == "guidance" and not scene.ckpt["classes"]:
-        return "a network that knows classes (train.py --labels)"
-    if name == "epochs" and not outputs.grids(scene.cfg.ckpt):
-        return "the grids that train.py writes beside the checkpoint"
+        return "a network with classes (train.py --labels)"
+    if name == "epochs" and not grids(scene.cfg.ckpt):
+        return "the sample grids that train.py saves next to the checkpoint"
+    return None
 
 
 class Scene:
-    """What the figures are drawn from: the flags, held-out images, and a checkpoint's network, if any."""
+    """The inputs of the figures: the flags, held-out images, and a checkpoint's network, if there is one."""
 
     def __init__(self, cfg):
-        self.cfg, self.ckpt, self.device = cfg, None, devices.pick_device(cfg.device)
+        self.cfg = cfg
+        self.ckpt = None
         self.log = read_log(cfg.log) if cfg.log else None
+        device = devices.pick_device(cfg.device)
         devices.use_precision(bf16=False)  # the bound sums T terms, and bf16 would round each
         several = max(2, cfg.n or 16)
         if cfg.ckpt:
-            self.ckpt, self.net, self.d = load_model(cfg.ckpt, "ema", self.device)
+            self.ckpt, self.net, self.d = load_model(cfg.ckpt, "ema", device)
             self.clip = self.ckpt["process"]["clip"]
             if not all(weight.isfinite().all() for weight in self.net.parameters()):
                 raise Failure(f"{cfg.ckpt}: its weights are not finite; its training diverged")
-            (images, self.labels, _), _ = data.held_out(
-                self.ckpt, cfg.data, cfg.data_dir, limit=several
-            )
+            # Without a class, x_t alone decides the image.
+            self.model = improved.eps_only(self.net) if learned(self.ckpt) else self.net
+            found, _ = data.held_out(self.ckpt, cfg.data, cfg.data_dir, limit=several)
         else:
-            images, self.labels, _ = data.load(cfg.data or "glyphs", "all", cfg.data_dir, (64, 64), 3,
-                                               limit=several)  # fmt: skip
-        self.x0 = images.to(self.device).float() / 127.5 - 1
+            found = data.load_all(cfg.data or "glyphs", cfg.data_dir, (64, 64), limit=several)
+        self.labels = None if found.labels is None else found.labels.to(device)
+        self.x0 = found.images.to(device).float() / 127.5 - 1
 
-    def network(self, calls, labels=None):
-        """The network as a model (xt, t), of labels (B,) or of none, with a line of progress over calls."""
-        tick, y = ticker(calls), None if labels is None else labels.to(self.device)
+    def noise(self, numbers):
+        """Return a noise function for the images with these numbers of --seed, as in sample.py."""
+        return sampling.image_noise(sampling.image_seeds(self.cfg.seed, numbers))
 
-        def model(xt, t):
-            tick()
-            return self.net(xt, t) if y is None else self.net(xt, t, y)
+    def sample(self, n, **how):
+        """Sample n images as sample.py does; the classes take turns: uint8 (n, H, W, C)."""
+        labels, _ = sampling.class_labels(self.ckpt["classes"], n=n)
+        labels = labels if self.ckpt["classes"] else None
+        seeds = sampling.image_seeds(self.cfg.seed, range(n))
+        how.update(labels=labels, clip=self.clip)
+        return to_uint8(sampling.sample(self.net, self.d, self.ckpt["shape"], seeds, **how))
 
-        return model
-
-    def model(self, calls):
-        """The network as (xt, t) -> eps, told no class, so that what x_t itself decides is seen."""
-        model = self.network(calls)
-        return improved.eps_only(model) if learned(self.ckpt) else model
-
-    def seeds(self, n):
-        return range(self.cfg.seed, self.cfg.seed + n)
-
-    def generators(self, n):
-        """One for each of n images, as in sample.py and evaluate.py."""
-        return [torch.Generator().manual_seed(seed) for seed in self.seeds(n)]
-
-    def noise(self, n):
-        """n images of noise."""
-        return ddpm.noise_like(self.x0[:1].expand(n, -1, -1, -1), self.generators(n))
-
-    def spread(self, n):
-        """n labels, spread over the classes; None if there are none."""
-        K = len(self.ckpt["classes"])
-        return [(2 * i + 1) * K // (2 * n) for i in range(n)] if K else None
-
-    def sample(self, n, tick, **how):
-        """n images, as sample.py draws them, of labels spread over the classes: uint8 (n, H, W, C)."""
-        return to_uint8(sampling.sample(self.net, self.d, self.ckpt["shape"], self.seeds(n), self.spread(n),
-                                        clip=self.clip, on_step=tick, **how))  # fmt: skip
-
-    @cached_property
-    def bound(self):
-        """bound_and_error of held-out images, for both fixed variances and the learned one, if any."""
-        n, d = self.cfg.n or 16, self.d
-        x0, y = self.x0[:n], None if self.labels is None else self.labels[:n]
-        terms = improved.bound_terms if learned(self.ckpt) else ddpm.bound_terms
-        return bound_and_error(
-            terms, self.network(d.T, y), d, x0, self.generators(len(x0)), self.clip
+    def decode(self, xt, t, noise):
+        """Sample x_0 ~ p(x_0 | x_t) of xt (B, C, H, W) by DDIM with eta = 1 in at most 50 steps."""
+        timesteps = ddpm.ddim_timesteps(t, min(t, 50))
+        return ddpm.sample_ddim(
+            self.model, self.d, xt, timesteps, eta=1.0, clip=self.clip, noise=noise
         )
 
+    @functools.cached_property
+    def bound(self):
+        """The terms of the bound (K, B, T + 1), and the error of the predicted x0 (T,), of held-out images.
 
-def ticker(calls):
-    """To be called after each of so many calls of a network: a line of progress, gone after the last."""
-    progress, done = Progress("drawing", calls, "steps"), itertools.count(1)
+        The terms are for both fixed variances and the learned one, if there is one. The error is the mean
+        squared difference from x0 at t = 1, .., T, for the same x_t.
+        """
+        d = self.d
+        x0 = self.x0[: self.cfg.n or 16]
+        y = None if self.labels is None else self.labels[: len(x0)]
+        bound_terms = improved.bound_terms if learned(self.ckpt) else likelihood.bound_terms
+        noise = self.noise(range(len(x0)))
+        error = np.empty(d.T)
 
-    def tick(*_):
-        progress(at := next(done))
-        if at == calls:
-            progress.close()
+        def model(xt, t):
+            output = self.net(xt, t, y)
+            predicted = d.x0_from_eps(xt, t, output[:, : x0.shape[1]]).clamp(-1, 1)
+            error[int(t[0]) - 1] = (predicted - x0).square().mean().item()
+            return output
 
-    return tick
+        terms = bound_terms(model, d, x0, [d.beta, d.beta_tilde], clip=self.clip, noise=noise)
+        return terms, error
 
 
 def times(T):
-    """The steps that a row of pictures shows: T, 0 and nine evenly between; fewer, if T is small."""
-    return sorted({round(T * tenth / 10) for tenth in range(11)}, reverse=True)
+    """Return the timesteps that a row of pictures shows: T, 0 and nine evenly between, or fewer."""
+    return sorted({T * tenth // 10 for tenth in range(11)}, reverse=True)
 
 
 # --- 1. No network -------------------------------------------------------------------------------
 
 
-def dissolved(x0, d, at, eps):
-    """eq. 4: x_t of x0 (1, C, H, W) at each step of `at`, by the same noise eps: (len(at), C, H, W)."""
-    many = len(at), -1, -1, -1
-    return d.q_sample(x0.expand(many), torch.tensor(at), eps.expand(many))
-
-
 def forward(scene):
-    """An image dissolves in noise along t: by the linear schedule above, by the cosine one below.
+    """An image dissolves in noise as t grows, with the linear and with the cosine schedule.
 
-    Look at the right half. The linear schedule has nothing left of the image at t = 600, and the steps
-    after it teach a network little; the cosine schedule spends them on an image that can be made out.
+    Look at the right half. With the linear schedule nothing is left of the image at t = 600, so the later
+    timesteps teach a network little. With the cosine schedule the image remains visible for longer.
     """
     at = times(1000)[::-1]
-    rows = [to_uint8(dissolved(scene.x0[:1], ddpm.Diffusion(beta), at, scene.noise(1)))
-            for beta in (ddpm.linear_schedule(), ddpm.cosine_schedule())]  # fmt: skip
+    x0 = scene.x0[:1]
+    eps = scene.noise([0])(x0)
+    rows = []
+    for beta in (ddpm.linear_schedule(), ddpm.cosine_schedule()):
+        d = ddpm.Diffusion(beta)
+        rows.append(to_uint8(torch.cat([d.q_sample(x0, t, eps) for t in at])))  # eq. 4
     return sheet(rows, [f"t = {t}" for t in at], ["linear", "cosine"])
 
 
 def schedules(scene):
-    """Three schedules: the noise of a step, what is left of the image, and signal to noise.
+    """Three schedules: the noise that a timestep adds, the remaining image, and the signal-to-noise ratio.
 
     Look at the middle: alpha_bar_t is the image's share of the variance of x_t. The linear schedule has
-    spent it at t = 600, the cosine one falls evenly. On the right: the ratio falls by eight powers of
-    ten or more. The cosine schedule leaves the least of an image, but only in its last few steps.
+    used it up at t = 600; the cosine schedule falls evenly. On the right, the ratio falls by eight powers
+    of ten or more; the cosine schedule leaves the least of an image, but only in its last timesteps.
     """
-    t, x = np.arange(1, 1001), Axis("step t", 0, 1000)
-    each = {"linear": ddpm.linear_schedule(), "cosine": ddpm.cosine_schedule(),
-            "exponential": ddpm.exponential_schedule()}  # fmt: skip
-    beta = {name: (t, table[1:].numpy()) for name, table in each.items()}
-    left = {name: (t, ddpm.Diffusion(table).alpha_bar[1:].numpy()) for name, table in each.items()}
-    ratio = {name: (t, share / (1 - share)) for name, (_, share) in left.items()}
+    tables = {
+        "linear": ddpm.linear_schedule(),
+        "cosine": ddpm.cosine_schedule(),
+        "exponential": ddpm.exponential_schedule(),
+    }
+    t = np.arange(1, 1001)
+    share = {name: ddpm.Diffusion(beta).alpha_bar[1:] for name, beta in tables.items()}
+    added = {name: (t, beta[1:]) for name, beta in tables.items()}
+    left = {name: (t, s) for name, s in share.items()}
+    ratio = {name: (t, s / (1 - s)) for name, s in share.items()}
+    x = Axis("timestep t", 0, 1000)
+    snr = Axis("alpha_bar / (1 - alpha_bar)", 1e-9, 1e6, log=True)
     charts = [
-        (beta, Axis("beta_t", 1e-5, 1, log=True), "Noise that a step adds"),
-        (left, Axis("alpha_bar_t", 0, 1), "What is left of the image"),
-        (ratio, Axis("alpha_bar_t / (1 - alpha_bar_t)", 1e-9, 1e6, log=True), "Signal to noise"),
+        lines(x, Axis("beta", 1e-5, 1, log=True), added, "Noise added", (300, 290)),
+        lines(x, Axis("alpha_bar", 0, 1), left, "Remaining image", (264, 290), legend=False),
+        lines(x, snr, ratio, "Signal to noise", (264, 290), legend=False),
     ]
-    return joined([lines(x, y, series, title, (276, 290)) for series, y, title in charts])
-
-
-def similarity(e):
-    """The cosine of the angle between each two rows of e (N, D): (N, N)."""
-    e = e / e.norm(dim=1, keepdim=True)
-    return e @ e.T
+    return joined(charts)
 
 
 def embedding(scene):
-    """The sinusoids by which the network is told t, and how similar they are for two steps t and t'.
+    """The sinusoids that tell the network t, and how similar they are for two timesteps.
 
-    Look at one row on the left: the fast channels of the sines and of the cosines tell it from the next
-    row, the slow ones tell early from late. On the right, the dark diagonal: near steps look alike to
-    the network, so that what it learns at one step serves the next.
+    Look at one row on the left: fast channels differ from row to row, slow ones over hundreds of rows.
+    On the right: neighbouring timesteps look alike, so what the network learns at one helps the next.
     """
-    t, y = torch.arange(1, 1001), Axis("step t", 0, 1000)
-    e = ddpm.timestep_embedding(t - 1, 128)
-    channel = Axis("channel: 0 to 63 sines, 64 to 127 cosines", 0, 128)
-    left = heat(channel, y, e, "Embedding of t", (400, 390))
-    right = heat(
-        Axis("step t'", 0, 1000), y, similarity(e), "Similarity of t and t'", (400, 390), low=0
+    table = ddpm.timestep_embedding(torch.arange(1000), 128)
+    x = Axis("channel: 64 sines, 64 cosines", 0, 128)
+    title = "Embedding of t: blue -1, orange 1"
+    left = heat(x, Axis("timestep t", 0, 50), table[:50], title, cell=(2, 6))
+    table = table / table.norm(dim=1, keepdim=True)
+    far = np.arange(-400, 401)
+    alike = table[500 + far] @ table[500]
+    x = Axis("t' - t", -400, 400)
+    right = lines(
+        x,
+        Axis("cosine of their angle", 0, 1),
+        {"": (far, alike)},
+        "Similarity of t and t'",
+        (400, left.height),
     )
     return joined([left, right])
+
+
+def unet(scene):
+    """The network with the shapes (channels x height x width) of all its levels.
+
+    Look at the two sides: the left one halves the image and adds channels, the right one goes back, and
+    skip connections carry each resolution across. t reaches every residual block.
+    """
+    network = {name: p.default for name, p in inspect.signature(ddpm.UNet).parameters.items()}
+    shape = (3, 32, 32)  # without a checkpoint, the paper's network for CIFAR-10
+    if scene.ckpt:
+        network = scene.ckpt["network"]
+        shape = scene.ckpt["shape"]
+    with torch.device("meta"):
+        count = sum(weight.numel() for weight in ddpm.UNet(**network).parameters())
+    return network_picture(network, shape, f"UNet with {count:,} weights")
 
 
 # --- 2. A run ------------------------------------------------------------------------------------
 
 
 def epochs(scene):
-    """A network learns: images of the same seeds, as it drew them after each epoch, or every few.
+    """A network learns: images of the same seeds after each epoch, or every few.
 
-    Look down a column, below the class that was asked for, if any. A row is from a grid that train.py wrote
-    beside the checkpoint: its first images, column by column, ten at most.
+    Look down a column: first the shape, then the details. A row shows the first images, ten at most, of a
+    grid that train.py saved next to the checkpoint.
     """
-    rows, ((tall, wide), _), classes = [], cell(*scene.ckpt["shape"][1:]), scene.ckpt["classes"]
-    grids = outputs.grids(scene.cfg.ckpt)
-    for path in grids.values():
-        grid = np.asarray(Image.open(path).convert("RGB"))
-        places = itertools.product(range(2, grid.shape[1] - 2, wide), range(2, len(grid) - 2, tall))
-        rows.append(
-            [grid[top : top + tall - 2, left : left + wide - 2] for left, top in places][:10]
-        )
-    asked = (
-        [classes[y] for y in sampling.class_labels(classes)[0][: len(rows[0])]] if classes else []
-    )
-    return sheet(rows, asked, [f"epoch {epoch}" for epoch in grids], scale=1)
+    tall, wide, _ = pictures.cell(*scene.ckpt["shape"][1:])
+    gap = pictures.GAP
+    found = grids(scene.cfg.ckpt)
+    rows = []
+    for path in found.values():
+        grid = np.atleast_3d(np.asarray(Image.open(path)))[gap:, gap:]
+        places = itertools.product(range(0, grid.shape[1], wide), range(0, len(grid), tall))
+        images = [grid[top : top + tall - gap, left : left + wide - gap] for left, top in places]
+        rows.append(images[:10])
+    classes = scene.ckpt["classes"]
+    names = [classes[i % len(classes)] for i in range(len(rows[0]))] if classes else []
+    return sheet(rows, names, [f"epoch {epoch}" for epoch in found], scale=1)
 
 
 def loss(scene):
-    """The loss along a run, on a log scale: of the images trained on and, where logged, of held-out ones.
+    """The loss along a run, and its last three quarters enlarged: of training and of held-out images.
 
-    Look at the gap. Where the training loss falls and the held-out one rises, images are learnt by
-    heart. A loss that hardly falls any more is no reason to stop: samples still get better.
+    Look at the gap on the right. Where the training loss falls and the held-out loss rises, the network
+    memorises images. A loss that hardly falls is no reason to stop: samples still get better.
     """
     curves = {}
-    for name, key in (("training", "loss"), ("held out", "held_out")):
-        if points := [
-            (line["epoch"], line[key]) for line in scene.log if line.get(key) is not None
-        ]:
-            curves[name] = np.array(points).T
-    x = Axis("epochs", 0, max(epoch.max() for epoch, _ in curves.values()))
-    y = span("mean squared error of eps", [value for _, value in curves.values()], log=True)
-    return lines(x, y, curves, "Loss", (560, 360))
+    for name, key in (("training (running mean)", "loss"), ("held out", "held_out")):
+        points = [(line["epoch"], line[key]) for line in scene.log if line.get(key) is not None]
+        if points:
+            epoch, value = np.array(points).T
+            few = max(1, len(value) // 30) if key == "loss" else 1
+            mean = np.ones(few) / few
+            curves[name] = (np.convolve(epoch, mean, "valid"), np.convolve(value, mean, "valid"))
+    end = max(epoch[-1] for epoch, _ in curves.values())
+    charts = []
+    for title, start, log in (("Loss", 0, True), ("Last three quarters", end / 4, False)):
+        shown = [value[epoch >= start] for epoch, value in curves.values()]
+        y = span("mean squared error of eps", shown, log)
+        charts.append(lines(Axis("epoch", start, end), y, curves, title, (400, 340), legend=log))
+    return joined(charts)
 
 
 def read_log(path):
-    """The lines of a log as dictionaries."""
-    if os.path.exists(path) and not os.path.isfile(path):  # a pipe may have no writer, or no end
-        raise Failure(f"--log {path}: is not an ordinary file")
+    """Return the entries of a log by increasing step, the latest for each step. Broken lines are skipped."""
+    needed = ("step", "epoch", "loss")
+    log = {}
+    skipped = 0
     with open(path, errors="replace") as file:
-        text = file.read()
-    try:
-        log = [json.loads(line) for line in text.splitlines()]
-        numbers = [line.get(key) for line in log for key in ("epoch", "loss", "held_out")]
-        whole = all(0 < line["epoch"] and 0 < line["loss"] for line in log) and bool(log)
-        whole = whole and all(0 < number < 1e12 for number in numbers if number is not None)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        whole = False
-    if not whole:
-        raise Failure(f"--log {path}: not a log of train.py")
-    return log
+        for text in file:
+            try:
+                entry = json.loads(text)
+            except ValueError:  # a killed run may leave half a line
+                entry = None
+            values = [entry.get(key) for key in needed] if isinstance(entry, dict) else [None]
+            if all(isinstance(value, (int, float)) for value in values):
+                log[entry["step"]] = entry
+            else:
+                skipped += 1
+    if not log:
+        raise Failure(f"--log {path}: contains no line of a log of train.py")
+    if skipped:
+        note(f"note: --log {path}: skipped {skipped} broken lines")
+    return [log[step] for step in sorted(log)]
 
 
 # --- 3. Sampling ---------------------------------------------------------------------------------
 
 
-def walk(model, d, xT, at, generator, clip=True, steps=100):
-    """From xT (B, ...) to x_0 by DDIM with eta = 1: {t: (x_t, the x0 that its eps implies, eq. 15)}.
-
-    t in `at`, of which 0 is one: there x0 is x_0. Between them it takes about so many even steps.
-    """
-    grid, path = sorted({*ddpm.ddim_grid(d.T, min(steps, d.T)), *at} - {0}), {}
-
-    def watched(xt, t):
-        eps = model(xt, t)
-        path[int(t[0])] = xt, d.x0_from_eps(xt, t.cpu(), eps).clamp(-1, 1)
-        return eps
-
-    x0 = ddpm.sample_ddim(watched, d, xT, grid, 1.0, clip, generator)
-    return {t: path[t] if t else (x0, x0) for t in at}
+@torch.no_grad()
+def walk(model, d, xt, timesteps, noise, clip=True):
+    """DDIM with eta = 1 from xt (B, ...): {t: (x_t, the predicted x0, eq. 15)} for `timesteps` and 0."""
+    path = {}
+    for s, t in reversed(ddpm.timestep_pairs(d.T, timesteps)):
+        eps = model(xt, ddpm.same_t(t, xt))
+        path[t] = (xt, d.x0_from_eps(xt, t, eps).clamp(-1, 1))
+        xt = ddpm.ddim_step(d, xt, t, s, eps, eta=1.0, clip=clip, noise=noise)
+    path[0] = (xt, xt)
+    return path
 
 
 def reverse(scene):
-    """From noise to an image: x_t, and below it the x0 that the network sees in it (DDPM fig. 6).
+    """From noise to an image: x_t, and below it the network's prediction of x0 at that timestep (DDPM fig. 6).
 
-    Look at each second row. The network's first guess is a blur, the mean of all images that x_t may
-    become; then the shape is settled, and last the edges. At t = T there is none (grey): x_t holds no
-    image, and eq. 15 divides by almost 0.
+    Look at each second row. The first prediction is a blur, the mean of all images that x_t may become;
+    then the shape is settled, and last the edges. At t = T there is none (grey): x_t holds no image, and
+    eq. 15 divides by almost 0.
     """
-    d, n, at = scene.d, scene.cfg.n or 3, times(scene.d.T)
-    calls = len({*ddpm.ddim_grid(d.T, min(100, d.T)), *at} - {0})
-    path = walk(scene.model(calls), d, scene.noise(n), at, scene.generators(n), scene.clip)
+    d = scene.d
+    n = scene.cfg.n or 3
+    noise = scene.noise(range(n))
+    xT = noise(scene.x0[:1])
+    timesteps = ddpm.ddim_timesteps(d.T, min(100, d.T))
+    path = walk(scene.model, d, xT, timesteps, noise, scene.clip)
+    at = times(d.T)
     rows = []
     for i in range(n):
         rows.append([to_uint8(path[t][0])[i] for t in at])
@@ -371,167 +382,152 @@ def reverse(scene):
     return sheet(rows, [f"t = {t}" for t in at], ["x_t", "predicted x0"] * n)
 
 
-def decoded(model, d, xt, t, generator, clip=True, steps=50):
-    """x_0 ~ p(x_0 | x_t) of xt (B, ...) at step t, by DDIM with eta = 1 and at most so many steps."""
-    return ddpm.sample_ddim(model, d, xt, ddpm.ddim_grid(t, min(t, steps)), 1.0, clip, generator)
-
-
 def shared(scene):
-    """Several images from one noisy x_t: what they share is what x_t has decided (DDPM fig. 7).
+    """Several images from one noisy x_t: they share what x_t has already decided (DDPM fig. 7).
 
-    Look along a row; its samples differ only by the noise of the steps from t down to 0. From t = T all
-    is open. The smaller t, the more is settled: first the rough shape, then the character, then its edges.
+    Look along a row; its samples differ only by the noise of the timesteps from t down to 0. From t = T
+    everything is open. The smaller t, the more is decided: the rough shape, the character, then its edges.
     """
-    d, n, x0, rows = scene.d, scene.cfg.n or 8, scene.x0[:1], []
-    at = sorted({max(1, d.T * quarter // 4) for quarter in (1, 2, 3, 4)}, reverse=True)
-    model = scene.model(sum(min(t, 50) for t in at))
+    T = scene.d.T
+    n = scene.cfg.n or 8
+    x0 = scene.x0[:1]
+    eps = scene.noise([n])(x0)
+    at = sorted({max(1, T * quarter // 4) for quarter in (1, 2, 3, 4)}, reverse=True)
+    rows = []
     for t in at:
-        xt = d.q_sample(x0, t, scene.noise(1))
-        samples = decoded(model, d, xt.expand(n, -1, -1, -1), t, scene.generators(n), scene.clip)
+        xt = scene.d.q_sample(x0, t, eps)
+        samples = scene.decode(xt.expand(n, -1, -1, -1), t, scene.noise(range(n)))
         rows.append(to_uint8(torch.cat([x0, xt, samples])))
-    title = "Samples of one x_t: only the noise of the steps from t down to 0 differs"
     above = ["image", "x_t", *(f"sample {i + 1}" for i in range(n))]
+    title = "Samples from one x_t: only the noise from t down to 0 differs"
     return sheet(rows, above, [f"t = {t}" for t in at], title)
 
 
-def interpolated(model, d, pair, t, shares, eps, generator, clip=True):
-    """DDPM sec. 4.3: x_0 ~ p(x_0 | (1 - share) x_t + share x'_t) for each share: (len(shares), C, H, W).
-
-    x_t and x'_t are q_samples of the two images of pair (2, C, H, W), with noise eps of that shape.
-    """
-    xt, other = d.q_sample(pair, t, eps).split(1)
-    share = torch.tensor(shares, dtype=xt.dtype, device=xt.device).reshape(-1, 1, 1, 1)
-    return decoded(model, d, (1 - share) * xt + share * other, t, generator, clip)
-
-
 def interpolation(scene):
-    """Two images, mixed when both are noised to step t, and the mixture denoised (DDPM fig. 8 and 9).
+    """Two images are noised to timestep t, mixed, and the mixture is denoised (DDPM sec. 4.4, fig. 8 and 9).
 
     Look at a row's ends first: at 0% and 100% nothing is mixed, and a small t gives the images back. A
     small t also lays one image over the other; a larger one makes a whole image of the mixture; at t = T
     any image can come, whichever two were mixed.
     """
-    d, shares, rows = scene.d, [eighth / 8 for eighth in range(9)], []
-    at = sorted({max(1, d.T * eighth // 8) for eighth in (1, 2, 4, 5, 6, 8)})
-    labels = [0] if scene.labels is None else scene.labels.tolist()
-    second = next((i for i, y in enumerate(labels) if y != labels[0]), len(scene.x0) - 1)
-    pair, model = scene.x0[[0, second]], scene.model(sum(min(t, 50) for t in at))
+    T = scene.d.T
+    at = sorted({max(1, T * eighth // 8) for eighth in (1, 2, 4, 5, 6, 8)})
+    share = torch.linspace(0, 1, 9, device=scene.x0.device).reshape(-1, 1, 1, 1)
+    other = len(scene.x0) - 1
+    if scene.labels is not None:  # an image of another class, if there is one
+        other = int((scene.labels != scene.labels[0]).int().argmax()) or other
+    pair = scene.x0[[0, other]]
+    eps = scene.noise([0, 1])(pair)
+    rows = []
     for t in at:
-        same = [
-            torch.Generator().manual_seed(scene.cfg.seed) for _ in shares
-        ]  # only the share differs
-        mixtures = interpolated(model, d, pair, t, shares, scene.noise(2), same, scene.clip)
+        one, two = scene.d.q_sample(pair, t, eps).split(1)
+        same = scene.noise([2] * len(share))  # all columns share the noise
+        mixtures = scene.decode((1 - share) * one + share * two, t, same)
         rows.append(to_uint8(torch.cat([pair[:1], mixtures, pair[1:]])))
-    title = "Mixtures of two x_t: all columns share the noise, only the share of the other differs"
-    above = ["one", *(f"{100 * share:g}%" for share in shares), "other"]
+    above = ["one", *(f"{100 * part:g}%" for part in share.flatten()), "other"]
+    title = "Mixtures of two x_t: only the share of the other differs along a row"
     return sheet(rows, above, [f"t = {t}" for t in at], title)
 
 
 def steps(scene):
-    """The same seeds in 5 to T steps: by DDIM without noise, with it, and by ancestral sampling.
+    """The same seeds in 5 to T sampling steps: DDIM without noise, with noise, and ancestral sampling.
 
-    Look along a row. Without noise (eta 0), few steps draw what many draw, less sharply. With noise (eta
-    1), many steps draw the better images; with sigma^2 = beta, few steps leave noise in them.
+    Look along a row. Without noise (eta 0), few steps give what many give, less sharply. With noise (eta
+    1), many steps give the better images; with sigma^2 = beta, few steps leave noise in them.
     """
-    T, n = scene.d.T, scene.cfg.n or 4
+    T = scene.d.T
     counts = sorted({min(k, T) for k in (5, 10, 20, 50, 100, T)})
-    ways = {"DDIM, eta 0": dict(eta=0.0), "DDIM, eta 1": dict(eta=1.0),
-            "ancestral, beta": dict(variance="beta")}  # fmt: skip
+    ways = {
+        "DDIM, eta = 0": dict(eta=0.0),
+        "DDIM, eta = 1": dict(eta=1.0),
+        "ancestral, beta": dict(variance="beta"),
+    }
     if learned(scene.ckpt):
         ways["ancestral, learned"] = dict(variance="learned")
-    tick = ticker(len(ways) * sum(counts))
-    rows = [[tiled(scene.sample(n, tick, steps=k, **way)) for k in counts] for way in ways.values()]
+    rows = []
+    for way in ways.values():
+        several = [scene.sample(scene.cfg.n or 4, steps=k, **way) for k in counts]
+        small = [pictures.grid(images, 2, side=48) for images in several]  # two rows in each place
+        rows.append([np.atleast_3d(np.asarray(picture)) for picture in small])
     return sheet(rows, [f"{k} steps" for k in counts], list(ways), gap=8)
 
 
-def tiled(images, columns=2):
-    """uint8 (N, H, W, C) as one, enlarged to 48 pixels or more each, with white lines between them."""
-    scale = max(1, 48 // max(images.shape[1:3]))
-    images = images.repeat(scale, axis=1).repeat(scale, axis=2)
-    images = np.pad(
-        images, [(0, -len(images) % columns), (0, 2), (0, 2), (0, 0)], constant_values=255
-    )
-    rows = images.reshape(-1, columns, *images.shape[1:])
-    return np.concatenate([np.concatenate(list(row), axis=1) for row in rows])
-
-
 def guidance(scene):
-    """The same seeds at five strengths w of classifier-free guidance; w = -1 is told no class.
+    """The same seeds at five strengths w of classifier-free guidance; w = -1 uses no class.
 
-    Look down a column: at w = 0 the class is there; with w it gets clearer, bolder, and more like every
-    other image of its class. That is the price.
+    Look down a column: at w = 0 the class is there; with larger w it gets clearer, bolder, and more like
+    every other image of its class. That is the price.
     """
-    classes, strengths, k = scene.ckpt["classes"], [-1, 0, 1, 2, 4], min(50, scene.d.T)
+    classes = scene.ckpt["classes"]
+    strengths = {-1: "w = -1 (no class)", 0: "w = 0", 1: "w = 1", 2: "w = 2", 4: "w = 4"}
     n = min(scene.cfg.n or 10, len(classes))
-    tick = ticker(k * len(strengths))
-    rows = [scene.sample(n, tick, steps=k, eta=1.0, guidance=w) for w in strengths]
-    return sheet(
-        rows,
-        [classes[y] for y in scene.spread(n)],
-        [f"w = {w}{' (no class)' * (w == -1)}" for w in strengths],
-    )
+    few = min(50, scene.d.T)
+    rows = [scene.sample(n, steps=few, eta=1.0, guidance=w) for w in strengths]
+    return sheet(rows, classes[:n], list(strengths.values()))
 
 
 # --- 4. The bound --------------------------------------------------------------------------------
 
 
-def bound_and_error(bound_terms, model, d, x0, generator, clip=True):
-    """bound_terms of x0 for both fixed variances (and those that model learned), (2 or 3, B, T + 1); and the
-    mean square of x0 less the x0 that the model sees in x_1, .., x_T, (T,): both by the same draws of x_t.
+def smooth(values):
+    """Return values (.., T), each averaged over the timesteps within a tenth of t, but not beyond T.
+
+    This removes most of the sampling noise at large t, and changes nothing at t < 10.
     """
-    error = torch.empty(d.T, dtype=torch.float64)
-
-    def watched(xt, t):
-        out, t = model(xt, t), t.cpu()
-        seen = d.x0_from_eps(xt, t, out[:, : x0.shape[1]]).clamp(-1, 1)
-        error[t[0] - 1] = (seen - x0).square().mean().cpu()
-        return out
-
-    return bound_terms(watched, d, x0, [d.beta, d.beta_tilde], clip, generator), error
-
-
-def rate_and_distortion(terms, error):
-    """DDPM sec. 4.3: bits/dim that x_T, .., x_t cost, (K, T), and RMSE of 0..255, (T,), for t = 1..T.
-
-    terms (K, T + 1), error (T,). x_T costs L_T, and each x_t after it L_t (Algorithms 3 and 4).
-    """
-    return terms.flip(1).cumsum(1).flip(1)[:, 1:], 127.5 * error.sqrt()
+    T = values.shape[-1]
+    means = []
+    for t in range(1, T + 1):
+        few = min(t // 10, T - t)
+        means.append(values[..., t - 1 - few : t + few].mean(-1))
+    return np.stack(means, axis=-1)
 
 
 def rate(scene):
-    """How well an image is known after so many bits, as x_T, .., x_1 are sent one by one (DDPM fig. 5).
+    """How well an image is known after how many bits, as x_T, .., x_1 are sent one by one (DDPM fig. 5).
 
-    Look at how the curve begins: the first tenth of the bits removes most of the error. All the others
-    describe what the eye hardly notices, which makes a good lossy compressor. The paper's quantities; the
-    error is on a log scale, since on the paper's linear one the curve follows the axes.
+    Look at how the curve begins: the first tenth of the bits removes most of the error. The others
+    describe what the eye hardly notices, so the model is a good lossy compressor. The error is smoothed
+    over neighbouring t, and on a log scale: on the paper's linear one the curve follows the axes.
     """
     terms, error = scene.bound
-    bits, rmse = rate_and_distortion(terms.mean(1), error)
-    x, y = span("rate, bits/dim", [[0], bits]), span("distortion, RMSE on 0..255", [rmse], log=True)
-    curves = {f"{name}: {row[0]:.2f} bits/dim": (row, rmse) for name, row in zip(VARIANCES, bits)}
-    return lines(x, y, curves, "Distortion against rate", (620, 380), wide=1)
+    variance = scene.ckpt["process"]["variance"]
+    terms = terms.mean(1)[["beta", "beta_tilde", "learned"].index(variance)].numpy()
+    # Sec. 4.3: x_T costs L_T bits, and each x_t after it L_t more (Algorithms 3 and 4).
+    bits = terms[::-1].cumsum()[::-1][1:]
+    rmse = 127.5 * smooth(error) ** 0.5
+    x = span("rate, bits/dim", [[0], bits])
+    y = span("distortion, RMSE on 0..255", [rmse], log=True)
+    title = f"Distortion against rate, sigma^2 = {variance}"
+    return lines(x, y, {"": (bits, rmse)}, title, (620, 380))
 
 
 def terms(scene):
-    """What each step costs: the terms L_{t-1} of the bound, L_0 first, averaged over held-out images.
+    """What each timestep costs: the terms L_{t-1} of the bound, averaged over held-out images.
 
-    Look at the left ends: the last steps of sampling, in which nothing seems to change, cost most of the
-    bits. There the choice of sigma^2 matters, as their ratio to those of beta_tilde shows; at large t, all
-    do the same. Beside the names: the whole bound, L_T included.
+    Look at the left ends: the last timesteps of sampling, in which nothing seems to change, cost most of
+    the bits. There the choice of sigma^2 matters, as the ratios on the right show; at large t it does
+    not. The legend gives the whole bound, L_T included. The curves are smoothed over neighbouring t.
     """
-    mean, t = scene.bound[0].mean(1), np.arange(1, scene.d.T + 1)
-    cost, x = mean[:, :-1].numpy(), Axis("step t", 1, max(2, scene.d.T), log=True)
-    ratio, sums = cost / cost[1], [f"{name}: {row.sum():.3f}" for name, row in zip(VARIANCES, mean)]
-    left = lines(x, span("L_{t-1}, bits/dim", cost, log=True), {n: (t, v) for n, v in zip(VARIANCES, cost)},
-                 "Terms of the bound", (430, 380), wide=1)  # fmt: skip
-    right = lines(x, span("ratio", ratio), {n: (t, v) for n, v in zip(sums, ratio)},
-                  "Their ratio to beta_tilde's, and sums in bits/dim", (450, 380))  # fmt: skip
-    return joined([left, right])
+    mean = scene.bound[0].mean(1)
+    cost = smooth(mean[:, :-1].numpy())
+    t = np.arange(1, scene.d.T + 1)
+    x = Axis("timestep t", 1, max(2, scene.d.T), log=True)
+    y = span("L_{t-1}, bits/dim", cost[1], log=True)
+    title = "Terms of the bound, sigma^2 = beta_tilde"
+    left = lines(x, y, {"": (t, cost[1])}, title, (440, 380))
+    ratios = {}
+    for i, name in ((1, "beta_tilde"), (0, "beta"), (2, "learned")):
+        if i < len(cost):
+            ratios[f"{name}: {mean[i].sum():.3f}"] = (t, cost[i] / cost[1])
+    y = span("ratio to the terms of beta_tilde", [ratio for _, ratio in ratios.values()])
+    title = "Choices of sigma^2, with sums in bits/dim"
+    return joined([left, lines(x, y, ratios, title, (440, 380))])
 
 
-VARIANCES = ["sigma^2 = beta", "beta_tilde", "learned"]  # the rows of Scene.bound
-FIGURES = {f.__name__: f for f in (forward, schedules, embedding, epochs, loss, reverse, shared,
-                                   interpolation, steps, guidance, rate, terms)}  # fmt: skip
+FIGURES = {figure.__name__: figure for figure in (
+    forward, schedules, embedding, unet, epochs, loss, reverse, shared, interpolation, steps, guidance,
+    rate, terms,
+)}  # fmt: skip
 
 
 if __name__ == "__main__":

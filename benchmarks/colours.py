@@ -19,7 +19,6 @@ from PIL import Image
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from support import checkpoint, data
-from support.data.folder import parse_size
 
 
 def colour(images):
@@ -41,18 +40,15 @@ def nearest(images, others):
 def main(given):
     ckpt = checkpoint.load(given.ckpt)
     config, (C, H, W) = ckpt["config"], ckpt["shape"]
-    how = dict(
-        data_dir=given.data_dir,
-        size=parse_size(f"{H}x{W}"),
-        channels=C,
-        skip_broken=config["skip_broken"],
+    training, held_out = data.load(
+        *(given.data or config["data"], given.data_dir, (H, W), C, config["skip_broken"]),
         limit=config["limit"],
+        split=data.split_of(ckpt),
     )
-    training = data.load(given.data or config["data"], "training", **how).images
-    apart = data.load(given.data or config["data"], "held out", **how).images
+    training, held_out = training.images[:], held_out.images[:]
     print("colour  nearest training image (of 255: median, smallest)")
     for name, images in (
-        ("held-out images", apart),
+        ("held-out images", held_out),
         *((path, samples(path)) for path in given.paths),
     ):
         if len(images):

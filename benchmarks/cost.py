@@ -4,7 +4,7 @@
     python benchmarks/cost.py --device cuda
     python benchmarks/cost.py --seconds 20         a row ends where a step takes longer (default: 10)
 
-Each network is measured in a process of its own. A step is train.update's: noise, forward, backward,
+Each network is measured in a process of its own. A step is train.train's: noise, forward, backward,
 clipping, Adam, moving average. Memory is the process's peak; on a GPU, a step's own. A folder's
 images are linked from a few files of 32x32, so that it is their number that is measured.
 """
@@ -37,9 +37,8 @@ SWEEPS = {
 def setting(device, batch, width, size):
     """Images on the device, and the arguments of the network that train.py would make for them."""
     device = torch.device(device)
-    cfg = recipes.complete(
-        train.Config(data="folder", size=str(size), channels=3, width=width), device.type
-    )
+    cfg = train.Config(data="folder", size=(size, size), channels=3, width=width)
+    cfg = recipes.complete(cfg, set(), device)
     network = recipes.network(cfg, (3, size, size), 0)
     return torch.rand(batch, 3, size, size, device=device), network
 
@@ -48,7 +47,7 @@ def choice(*what):
     """The precision and the images at a time that train.py's trial chooses."""
     x, network = setting(*what)
     cost = by_default(x, **network)
-    return cost.bf16, cost.images
+    return cost.precision == "bf16", cost.micro_batch
 
 
 def step_cost(bf16, images, *what):
@@ -101,12 +100,11 @@ def folder_cost(N):
         seconds = []
         for _ in range(2):
             began = time.perf_counter()
-            images, _ = folders.load(str(folder), (32, 32), 3, root, False)
+            images = folders.load(str(folder), root, (32, 32), 3)[0].images
             seconds.append(time.perf_counter() - began)
-        images = torch.from_numpy(images)
         began = time.perf_counter()
         for step in range(200):
-            images[batches.places(step, 128, N, 0)].float()
+            images[batches.images_of(step, 128, N, 0)].float()
         rate = 200 / (time.perf_counter() - began)
     return *seconds, rate, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 

@@ -76,7 +76,7 @@ def denoising_diffusion_pytorch(x):
 def main():
     given = flags(__doc__, 512)
     x = torch.randn(given.batch_size, 3, 32, 32, device=given.device)
-    trained = "bf16" if by_default(x[:8]).bf16 else "fp32"  # by train.py
+    trained = by_default(x[:8]).precision  # by train.py
     bf16 = devices.samples_in_bf16("auto", given.device, trained)
     devices.use_precision(bf16)
     found = contestants({

@@ -5,7 +5,7 @@
     python benchmarks/train_speed.py --device cuda --compile --batch-size 128
 
 A step is the whole of it: noise, forward, backward, gradient clipping, Adam, moving average. ddpm.py
-makes it as train.py does (train.update); diffusers as its example for unconditional training does, and
+makes it as train.py does (train.train); diffusers as its example for unconditional training does, and
 once more with the best settings that it takes; denoising-diffusion-pytorch as its Trainer does, with
 its own network of the same width (which is another, smaller one). All see the same 32x32 images.
 """
@@ -17,6 +17,7 @@ import pathlib
 import statistics
 import sys
 import time
+import types
 import warnings
 
 import torch
@@ -27,6 +28,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import ddpm
 import train
 from support import budget, devices
+from support.data import Data
 
 
 def by_default(x, **network):
@@ -42,12 +44,23 @@ def ours(x, bf16, compiled, micro=None, **network):
     optimizer = torch.optim.Adam(net.parameters(), 2e-4, fused=True)
     model = torch.compile(net) if compiled else net
     d = ddpm.Diffusion(ddpm.linear_schedule())
+    cfg = train.Config(
+        batch_size=len(x),
+        micro_batch=micro or len(x),
+        precision="bf16" if bf16 else "fp32",
+        lr=2e-4,
+        warmup=0,
+        decay="none",
+        ema=0.9999,
+        flip=False,
+    )
+    data = Data(((x + 1) * 127.5).to(torch.uint8), None, [])
+    run = train.Run(model, ema, optimizer, 0, {}, "")
+    monitor = types.SimpleNamespace(steps=0, losses=[], due=lambda: False)
 
     def step():
-        x0 = x.contiguous(memory_format=torch.channels_last)
-        t, eps = torch.randint(1, d.T + 1, (len(x),)), torch.randn_like(x0)
-        plain = lambda xt, t, y: model(xt, t)  # noqa: E731
-        train.update(plain, d, (x0, None, t, eps), optimizer, 2e-4, ema, 0.9999, bf16, micro=micro)
+        monitor.steps = run.step + 1
+        train.train(cfg, run, d, data, None, x.device, monitor)
 
     return net, step
 
@@ -222,10 +235,10 @@ def main():
     given = flags(__doc__, 128)
     x = (torch.rand(given.batch_size, 3, 32, 32) * 2 - 1).to(given.device)
     cost = by_default(x)
-    bf16 = cost.bf16
+    bf16 = cost.precision == "bf16"
     print(f"train.py's trial: {cost}")
     found = contestants({
-        "ddpm.py": lambda: ours(x, bf16, given.compile, cost.images),
+        "ddpm.py": lambda: ours(x, bf16, given.compile, cost.micro_batch),
         "diffusers, as its example": lambda: diffusers(x, False, False, False),
         "diffusers, at its best": lambda: diffusers(x, True, bf16, given.compile),
         "denoising-diffusion-pytorch": lambda: denoising_diffusion_pytorch(x),

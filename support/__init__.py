@@ -1,13 +1,13 @@
-"""What the commands share. Each file has one duty; nobody has to open them to understand DDPM.
+"""Modules that the commands share. Nobody has to open them to understand DDPM.
 
-start                       loads torch, or says why it cannot be loaded
 command, errors             flags from a dataclass, and every expected error as one line
-files, progress             files that are whole or not there, and the line that shows how far it is
-devices, workers            where the computation runs, and the processes that share it
-data, recipes, batches      images, the settings that suit them, and the batch of each step
-budget                      what a step costs here, from a trial, and what follows from that
-checkpoint, outputs         what a run keeps, and its place beside what other runs have kept
-monitor, snapshots          what a run reports: losses, and grids of samples
-sampling, pictures          images from a network, and their files
-diffusers_format            networks as others publish them, and weight_files, the files of their weights
+files, progress             complete files, and the lines that a command prints
+devices, workers            where the computation runs, and the processes of a torchrun
+data, recipes, batches      images, the settings that suit them, and the random numbers of each step
+budget                      time and memory of a training step, from a trial
+checkpoint                  the file that a run writes
+monitor                     training reports, the log file and stop signals
+sampling, pictures          images from a network, and image files
+plots, network_picture      charts, rows of images, and a drawing of the UNet
+diffusers_format            weights in the layouts of other projects
 """

@@ -1,7 +1,7 @@
-"""The batch of a step. It depends on the seed and the step alone.
+"""The random numbers of a training step. They depend on the seed and the step only.
 
-No generator is carried from step to step. A resumed run therefore draws what an uninterrupted one draws,
-and several processes make the batches of one.
+No generator is carried from step to step. A resumed run therefore uses the same numbers as an
+uninterrupted one, and several processes share the batch of one.
 """
 
 import functools
@@ -9,61 +9,53 @@ import functools
 import numpy as np
 import torch
 
-import ddpm
 import improved
 from support import workers
 
 
 def mixed(*numbers):
-    """One well-mixed 64-bit seed from several small numbers."""
+    """Return one well-mixed 64-bit seed from several small numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
-def draw(step, data, d, device, batch_size, seed, flip=False):
-    """x0, labels or None, t and eps of a step: this process's share, on `device`, but t on the CPU.
+def sample_batch(step, data, T, batch_size, seed, flip, device):
+    """Return x0 (B, C, H, W), labels (B,) or None, t (B,) and eps of a step: this process's share.
 
-    data.images are uint8 (N, C, H, W), on the CPU or on `device`. A tenth of the labels is dropped.
+    x0 is in [-1, 1]. Everything is on `device`, except t, which stays on the CPU. The images of
+    `data` are uint8, on the CPU or on `device`. A tenth of the labels is dropped.
     """
     rank, world = workers.place()
     torch.manual_seed(mixed(seed, 1, step))
-    B, N, cuda = batch_size, len(data.images), device.type == "cuda"
-    mine = slice(rank * B // world, (rank + 1) * B // world)
-    i, y = places(step, B, N, seed), None
-    x0 = data.images[i[mine].to(data.images.device, non_blocking=cuda)].to(
-        device, non_blocking=cuda
-    )
-    x0 = x0.float() / 127.5 - 1
+    mine = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
+
+    def move(x, where=device):
+        return x.to(where, non_blocking=device.type == "cuda")
+
+    # The order of these random numbers is part of the checkpoint format: labels, flip, t, eps.
+    i = images_of(step, batch_size, len(data.images), seed)
+    x0 = move(data.images[move(i[mine], data.images.device)]).float() / 127.5 - 1
+    y = None
     if data.labels is not None:
-        y = improved.drop_labels(data.labels[i], len(data.classes))[mine].to(
-            device, non_blocking=cuda
-        )
+        y = move(improved.drop_labels(data.labels[i], len(data.classes))[mine])
     if flip:
-        mirror = (torch.rand(B) < 0.5)[mine].to(device, non_blocking=cuda)
+        mirror = move((torch.rand(batch_size) < 0.5)[mine])
         x0 = torch.where(mirror[:, None, None, None], x0.flip(3), x0)
-    t = torch.randint(1, d.T + 1, (B,))[mine]
-    eps = torch.randn(B, *x0.shape[1:], device=device)[mine]
+    t = torch.randint(1, T + 1, (batch_size,))[mine]
+    eps = torch.randn(batch_size, *x0.shape[1:], device=device)[mine]
     if world > 1:  # what follows is dropout, whose masks must differ between the processes
         torch.manual_seed(mixed(seed, 3, step, rank))
     return x0.contiguous(memory_format=torch.channels_last), y, t, eps
 
 
-def fixed(data, T, count, device, at_a_time):
-    """x0, labels or None, t and eps, as draw() gives them, a few at a time: `count` draws, the same ones at
-    each call, of the images in turn and of evenly spaced t."""
-    order = torch.from_numpy(
-        np.random.default_rng(0).permutation(count)
-    )  # so that no class has its own t
-    for first in range(0, count, at_a_time):
-        k = torch.arange(first, min(count, first + at_a_time))
-        i, t = k % len(data.images), 1 + (2 * order[k] + 1) * T // (2 * count)
-        x0 = data.images[i].to(device).float() / 127.5 - 1
-        y = None if data.labels is None else data.labels[i].to(device)
-        eps = ddpm.noise_like(x0, [torch.Generator().manual_seed(mixed(4, n)) for n in k.tolist()])
-        yield x0.contiguous(memory_format=torch.channels_last), y, t, eps
+def on_device(data, device):
+    """Return the data with its images on a GPU if they take at most a quarter of its free memory."""
+    if device.type == "cuda" and data.images.nbytes < 0.25 * torch.cuda.mem_get_info(device)[0]:
+        return data._replace(images=data.images.to(device))
+    return data
 
 
-def places(step, B, N, seed):
-    """The images of a step: B numbers of an endless row of shuffles of all N, one shuffle an epoch."""
+def images_of(step, B, N, seed):
+    """Return the B image numbers of a step. One shuffle of all N images follows another."""
     place = torch.arange(step * B, (step + 1) * B)
     epochs = range(step * B // N, ((step + 1) * B - 1) // N + 1)
     return torch.cat([shuffle(N, seed, e)[place[place // N == e] % N] for e in epochs])
@@ -72,3 +64,20 @@ def places(step, B, N, seed):
 @functools.lru_cache(maxsize=2)
 def shuffle(N, seed, epoch):
     return torch.randperm(N, generator=torch.Generator().manual_seed(mixed(seed, 2, epoch)))
+
+
+def fixed_batches(data, T, count, micro_batch, device):
+    """Yield x0, labels or None, t and eps, a few at a time: `count` in total, the same at each call.
+
+    The images take turns, and t is evenly spaced over 1..T, in an order that no class can follow.
+    """
+    order = torch.from_numpy(np.random.default_rng(0).permutation(count))
+    for first in range(0, count, micro_batch):
+        k = torch.arange(first, min(count, first + micro_batch))
+        i = k % len(data.images)
+        x0 = data.images[i].to(device).float() / 127.5 - 1
+        y = None if data.labels is None else data.labels[i].to(device)
+        t = 1 + (2 * order[k] + 1) * T // (2 * count)
+        generators = [torch.Generator().manual_seed(mixed(4, n)) for n in k.tolist()]
+        eps = torch.stack([torch.randn(x0.shape[1:], generator=g) for g in generators]).to(device)
+        yield x0.contiguous(memory_format=torch.channels_last), y, t, eps

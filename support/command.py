@@ -1,41 +1,44 @@
-"""A command line from a dataclass, and every expected error as one line with an exit status.
+"""A command line from a dataclass, and one line with an exit status for every expected error.
 
 A command declares its flags as the fields of a frozen dataclass, each made by flag(), and ends with
-run(main, Config, __doc__). Exit status 2 is a wrong call, 1 a failure, 130 an interruption.
+run(main, Config, __doc__). Exit status 2 means a wrong call, 1 a failure, 128 + n a signal n.
 """
 
 import argparse
-import difflib
 import math
-import os
 import pathlib
 import shlex
 import signal
 import sys
-import time
 import types
 import typing
 from dataclasses import MISSING, field, fields
 
+from support import workers
 from support.errors import Failure, UsageError, out_of_memory, printable
-from support.progress import note, silence
+from support.progress import note
 
 # --- Flags ---------------------------------------------------------------------------------------
 
 
-def flag(default, text, *, group=None, metavar=None, choices=None, low=None, high=None):
-    """A field of a command's dataclass: its default (MISSING: it must be given), its help text, the
-    values that it takes; `group` opens a section of --help, which goes on to the next one."""
-    about = dict(text=text, group=group, metavar=metavar, choices=choices, low=low, high=high)
-    return field(metadata=about) if default is MISSING else field(default=default, metadata=about)
+def flag(default, help, **about):
+    """Declare a flag as a field of a dataclass. The annotation is its final type.
+
+    default: MISSING for a required flag. A list annotation collects repeated flags; every other
+    flag may be given once. about: type, a function that parses the text and raises UsageError (by
+    default the annotation itself); low and high, inclusive limits; choices; metavar; group, which
+    opens a section of --help; alias, an older name.
+    """
+    return field(default=default, metadata=dict(about, help=help))
 
 
 def flag_name(name):
+    """Return "--batch-size" for the setting "batch_size"."""
     return "--" + name.replace("_", "-")
 
 
 def typed(path):
-    """A path as a shell takes it after a flag."""
+    """Quote a path for a shell, in the form in which it can follow a flag."""
     return shlex.quote(f"./{path}" if path.startswith("-") else path)
 
 
@@ -44,176 +47,124 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} (--help lists the flags)")
 
 
-METAVARS = {int: "N", float: "X", str: "NAME"}
+class Once(argparse.Action):
+    """Store a value; reject a flag that is given twice, because one of the two would be ignored."""
+
+    def __call__(self, parser, namespace, value, option=None):
+        if hasattr(namespace, self.dest):
+            raise UsageError(f"{option}: given twice; give it once")
+        setattr(namespace, self.dest, value)
 
 
-def parser_of(config, description):
-    """The argparse parser of a dataclass of flags."""
+def parse_flags(config, description, argv):
+    """Return argv as an instance of `config`, and the set of names of the flags that were given."""
     parser = Parser(
         description=description,
-        allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     section = parser
     for f in fields(config):
-        kind = typing.get_args(f.type)[0] if isinstance(f.type, types.UnionType) else f.type
-        about = f.metadata
-        if about["group"]:
-            section = parser.add_argument_group(about["group"])
-        text = about["text"].replace("%", "%%")
-        if not any(f.default is nothing for nothing in (None, MISSING, False)):
-            text += f" (default: {f.default})"
-        if kind is bool:
-            section.add_argument(flag_name(f.name), dest=f.name, action="store_true", help=text)
-        else:
-            section.add_argument(
-                flag_name(f.name),
-                dest=f.name,
-                type=checked(kind, about),
-                help=text,
-                required=f.default is MISSING,
-                choices=about["choices"],
-                metavar=None if about["choices"] else about["metavar"] or METAVARS[kind],
-            )
-    return parser
+        if "group" in f.metadata:
+            section = parser.add_argument_group(f.metadata["group"])
+        add_flag(section, f)
+    given = vars(parser.parse_args(argv))
+    return config(**given), set(given)
 
 
-def parse_flags(config, description, argv):
-    """argv as an instance of `config`, and the names of the flags that were given."""
-    known, unknown = parser_of(config, description).parse_known_args(argv)
-    if unknown:
-        names = [flag_name(f.name) for f in fields(config)]
-        near = difflib.get_close_matches(unknown[0].split("=")[0], names, 1, 0.7)
-        hint = f"; did you mean {near[0]}?" if near else " (--help lists the flags)"
-        raise UsageError(f"unknown argument {unknown[0]}{hint}")
-    for name, value in vars(known).items():
-        if value == []:  # what argparse makes of "--out=--"
-            raise UsageError(f"{flag_name(name)}: expected one argument (--help lists the flags)")
-    return config(**vars(known)), set(vars(known))
+def add_flag(section, f):
+    """Add the flag of the dataclass field `f` to a section of an argparse parser."""
+    about = f.metadata
+    text = about["help"].replace("%", "%%")
+    if f.default not in (None, MISSING) and f.default is not False:
+        text += f" (default: {f.default})"
+    names = [flag_name(f.name)] + ([about["alias"]] if "alias" in about else [])
+    kind = f.type
+    if isinstance(kind, types.UnionType):  # int | None
+        kind = typing.get_args(kind)[0]
+    if kind is bool and "type" not in about:
+        section.add_argument(*names, dest=f.name, action="store_true", help=text)
+        return
+    several = typing.get_origin(kind) is list
+    if several:
+        kind = typing.get_args(kind)[0]
+    metavar = None if "choices" in about else {int: "N", float: "X"}.get(kind)
+    section.add_argument(
+        *names,
+        dest=f.name,
+        action="append" if several else Once,
+        type=value_parser(about.get("type", kind), about.get("low"), about.get("high")),
+        help=text,
+        required=f.default is MISSING,
+        choices=about.get("choices"),
+        metavar=about.get("metavar", metavar),
+    )
 
 
-def checked(kind, about):
-    """An argparse type: text -> kind, inside [low, high]."""
-    low, high = about["low"], about["high"]
+def value_parser(kind, low, high):
+    """Return a function from a flag's text to its value, which is in range."""
 
     def parse(text):
-        value = kind(text)
-        if kind is str and not text.strip():
+        if not text.strip():
             raise argparse.ArgumentTypeError("must not be empty")
-        if (kind is int and abs(value) > 2**31) or (kind is float and not math.isfinite(value)):
-            raise argparse.ArgumentTypeError(f"{text} is impossible")
-        if not inside(value, low, high):
+        value = kind(text)
+        if kind is float and not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+        if (low is not None and value < low) or (high is not None and value > high):
             span = f"at least {low}" if high is None else f"from {low} to {high}"
-            raise argparse.ArgumentTypeError(f"{text} is impossible; it must be {span}")
+            raise argparse.ArgumentTypeError(f"{text}: must be {span}")
         return value
 
-    parse.__name__ = {int: "whole number", float: "number"}.get(kind, kind.__name__)
+    parse.__name__ = {int: "whole number", float: "number"}.get(kind, "text")
     return parse
 
 
-def inside(value, low, high):
-    """Whether low <= value <= high, where None is no limit."""
-    return (low is None or value >= low) and (high is None or value <= high)
-
-
-def restored(config, values):
-    """The settings that an earlier run saved, those that `config` knows, each as a flag could set it.
-
-    Raises ValueError for a value that no flag could have.
-    """
-    known = {f.name: values[f.name] for f in fields(config) if f.name in values}
-    for f in fields(config):
-        about, value = f.metadata, known.get(f.name)
-        typed = f.name not in known or isinstance(value, f.type)
-        typed = typed and (not isinstance(value, (int, float)) or abs(value) <= 2**31)
-        typed = typed and (not isinstance(value, str) or (os.fsencode(value) and "\0" not in value))
-        chosen = value is None or about["choices"] is None or value in about["choices"]
-        if not (typed and chosen and (value is None or inside(value, about["low"], about["high"]))):
-            raise ValueError(f.name)
-    return known
-
-
-# --- Errors --------------------------------------------------------------------------------------
+# --- Errors and signals --------------------------------------------------------------------------
 
 
 def run(main, config, description):
-    """main(flags, names of the flags given); an expected error becomes one line and an exit status."""
-    open_streams()
-    on_ending_signals(interrupter())
+    """Call main(settings, names of the flags given). An expected error becomes one line and a status."""
+    on_ending_signals(interrupt)
     try:
-        if os.name != "posix":
-            raise Failure("runs on Linux and macOS only")
         main(*parse_flags(config, description, sys.argv[1:]))
-        sys.stdout.flush()
         return
-    except (UsageError, Failure, OSError, MemoryError, RuntimeError, KeyboardInterrupt) as error:
-        status, message = explained(error)
-        if status is None:
+    except (UsageError, Failure) as error:
+        status = error.status
+        message = error
+    except KeyboardInterrupt as error:
+        status = 128 + (error.args[0] if error.args else signal.SIGINT)
+        message = "interrupted"
+    except OSError as error:
+        status = 1
+        message = f"{error.filename}: {error.strerror}" if error.filename else error
+    except (MemoryError, RuntimeError) as error:
+        status = 1
+        if out_of_memory(error):
+            message = "out of memory; try a smaller --batch-size, or a smaller network or images"
+        elif "gloo" in str(error) or "NCCL" in str(error):
+            message = f"another process of this run has ended: {str(error).splitlines()[0]}"
+        else:
             raise
-    try:
-        sys.stdout.flush()
-    except OSError:
-        silence(sys.stdout)
-    another = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "0") not in ("", "0")
-    if status != 2 or not another:  # under torchrun, a wrong call is wrong in every process
-        note(f"{pathlib.Path(sys.argv[0]).name}: error: {printable(message)}")
+    line = f"{pathlib.Path(sys.argv[0]).name}: error: {printable(message)}"
+    # A wrong call is wrong in every process of a torchrun, and the first one reports it.
+    if status == 2 or workers.is_first():
+        note(line)
+    else:
+        print(line, file=sys.stderr)
     sys.exit(status)
 
 
-def open_streams():
-    """Gives a closed standard stream a file, so that no other file takes its number; never stops at a
-    character that a stream cannot write."""
-    for name in ("stdin", "stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:
-            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
-        elif name != "stdin" and hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
-
-
 def on_ending_signals(handler):
-    """Sets the handler of each signal that asks a process to end: Ctrl-C, kill, a closed terminal, a
-    cluster's warning, a limit of CPU time. One that is ignored, as SIGHUP under nohup, stays so."""
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU"):
+    """Set the handler of Ctrl-C, kill, a closed terminal and a cluster's warning, where they exist.
+
+    A signal that the parent ignores stays ignored, as SIGHUP under nohup.
+    """
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
         number = getattr(signal, name, None)
         if number and (name == "SIGINT" or signal.getsignal(number) != signal.SIG_IGN):
             signal.signal(number, handler)
 
 
-def interrupter():
-    """A handler that ends a command as Ctrl-C does, so that it cleans up. For five seconds more, no signal
-    interrupts that."""
-    ended = -math.inf
-
-    def interrupt(number, frame):
-        nonlocal ended
-        if time.monotonic() - ended > 5:
-            ended = time.monotonic()
-            raise KeyboardInterrupt(number)
-
-    return interrupt
-
-
-def explained(error):
-    """(exit status, message) of an expected error; (None, None) of a bug."""
-    if isinstance(error, UsageError):
-        return 2, error
-    if isinstance(error, Failure):
-        return 1, error
-    if isinstance(error, KeyboardInterrupt):
-        return 128 + (error.args[0] if error.args else signal.SIGINT), "interrupted"
-    if isinstance(error, BrokenPipeError):
-        return 1, "nobody reads the output any more"
-    if isinstance(error, OSError):
-        return 1, f"{error.filename or 'the output'}: {error.strerror or error}"
-    if isinstance(
-        error, NotImplementedError
-    ):  # an operation that the device lacks, as log_ndtr on Apple's
-        return 1, f"{str(error).split('. ')[0]}; try --device cpu, or PYTORCH_ENABLE_MPS_FALLBACK=1"
-    if out_of_memory(error):
-        return 1, "out of memory; try a smaller --batch-size, or smaller images or networks"
-    if any(word in str(error) for word in ("closed by peer", "gloo", "NCCL")):
-        cause = str(error).strip().splitlines()[0]
-        return 1, f"another process of this run has ended; if none says why: {cause}"
-    return None, None
+def interrupt(number, frame):
+    """End the command as Ctrl-C does: `finally` blocks run, and the status is 128 + number."""
+    raise KeyboardInterrupt(number)

@@ -1,310 +1,215 @@
-"""Networks as others publish them, and as ours: diffusers' folder, and the authors' weights in PyTorch.
+"""Networks in files of other programs: diffusers folders, the authors' weights, plain state_dicts.
 
-What a file holds is a dictionary here, whoever wrote it:
-
-    network    the arguments of ddpm.UNet
-    shape      (C, H, W) of its images
-    classes    their names, [] if it knows none
-    process    beta: the table beta[0..T]; schedule: its name; variance: beta, beta_tilde or learned; clip
-    weights    {name in ddpm.UNet: float32 tensor}
-    assumed    whether no settings of the process came with it, so that it is the paper's
-
-diffusers' words for them are the settings of its UNet2DModel, in config.json, and of its DDPMScheduler,
-in scheduler_config.json. What ddpm.py cannot be is refused by the setting's name.
+Every function here returns or expects a checkpoint without a run, as support/checkpoint.py describes
+it. Its load() or convert.py checks that the settings and the weights fit together. Settings that
+ddpm.py does not support are rejected by name.
 """
 
+import inspect
 import json
-import os
+import pathlib
+import pickle
+import warnings
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 import ddpm
 from support.errors import Failure, UsageError
-from support.weight_files import metadata, shown, weights_in, write_safetensors
+from support.progress import note
 
 # --- Settings ------------------------------------------------------------------------------------
 
-LARGEST_CONFIG = 32 * 2**20  # bytes: a table of a million betas fits
-LOWEST = 1e-9  # beta: with less, 1 - alpha_bar_1 has no digits left
+VERSION = "0.42.1"  # of diffusers: the tests load our folders with it
 
-# Of the network. FIXED must be these for ddpm.UNet to be it: what a missing one means, and what fits.
-FIXED = {
-    "center_input_sample": (False, [False]),
-    "time_embedding_type": ("positional", ["positional"]),
-    "flip_sin_to_cos": (True, [False]),  # sines come first
-    "freq_shift": (0, [1]),  # d/2 - 1 in the denominator
-    "mid_block_type": ("UNetMidBlock2D", ["UNetMidBlock2D"]),
-    "mid_block_scale_factor": (1, [1]),
-    "downsample_padding": (1, [0]),  # TensorFlow's SAME
-    "downsample_type": ("conv", ["conv"]),
-    "upsample_type": ("conv", ["conv"]),
-    "act_fn": ("silu", ["silu", "swish"]),
-    "norm_eps": (1e-5, [1e-6]),
-    "resnet_time_scale_shift": ("default", ["default"]),
-    "add_attention": (True, [True]),
-    "class_embed_type": (None, [None]),
-}
-# FREE becomes an argument of ddpm.UNet: what a missing one means.
-FREE = {
-    "sample_size": None,
-    "in_channels": 3,
-    "out_channels": 3,
-    "block_out_channels": [224, 448, 672, 896],
-    "down_block_types": ["DownBlock2D", *["AttnDownBlock2D"] * 3],
-    "up_block_types": [*["AttnUpBlock2D"] * 3, "UpBlock2D"],
-    "layers_per_block": 2,
-    "dropout": 0.0,
-    "attention_head_dim": 8,
-    "norm_num_groups": 32,
-    "attn_norm_num_groups": None,
-    "num_class_embeds": None,
-    "time_embedding_dim": None,
-    "num_train_timesteps": None,
-}
-# The same of the process. The last row says how steps are skipped: here, --steps and --grid say that.
-PROCESS_FIXED = {
-    "prediction_type": ("epsilon", ["epsilon"]),
-    "thresholding": (False, [False]),
-    "rescale_betas_zero_snr": (False, [False]),
-}
-PROCESS_FREE = {
-    "num_train_timesteps": 1000,
-    "beta_schedule": "linear",
-    "beta_start": 1e-4,
-    "beta_end": 0.02,
-    "trained_betas": None,
-    "variance_type": "fixed_small",
-    "clip_sample": True,
-    "clip_sample_range": 1.0,
-    "dynamic_thresholding_ratio": 0.995,
-    "sample_max_value": 1.0,
-    "timestep_spacing": "leading",
-    "steps_offset": 0,
-    "set_alpha_to_one": True,
-    "skip_prk_steps": False,
-}
+# These settings are the same for every network and every process of ddpm.py. A file of an older
+# version may lack some of them: diffusers' defaults are the same.
+NETWORK = json.loads("""{
+    "dropout": 0.0, "num_class_embeds": null, "class_embed_type": null, "center_input_sample": false,
+    "act_fn": "silu", "add_attention": true, "attn_norm_num_groups": null, "downsample_type": "conv",
+    "upsample_type": "conv", "mid_block_type": "UNetMidBlock2D", "mid_block_scale_factor": 1,
+    "resnet_time_scale_shift": "default", "time_embedding_dim": null, "time_embedding_type": "positional"
+}""")
+PROCESS = json.loads("""{
+    "beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02, "trained_betas": null,
+    "clip_sample": true, "clip_sample_range": 1.0, "variance_type": "fixed_small",
+    "prediction_type": "epsilon", "thresholding": false, "rescale_betas_zero_snr": false
+}""")
+# Settings that change neither network nor process: how unet_ema/ was averaged; how timesteps are chosen.
+IGNORED = set(
+    "decay min_decay inv_gamma power optimization_step update_after_step use_ema_warmup "
+    "dynamic_thresholding_ratio sample_max_value timestep_spacing steps_offset set_alpha_to_one "
+    "skip_prk_steps".split()
+)
 VARIANCES = {
     "fixed_large": "beta",
-    "fixed_small": "beta_tilde",
     "fixed_small_log": "beta_tilde",
+    "fixed_small": "beta_tilde",  # we write the later one of two names
     "learned_range": "learned",
 }
 
 
-class Settings(dict):
-    """The settings in a JSON file, with diffusers' own for the missing ones; they can be insisted on."""
-
-    def __init__(self, path, kinds, fixed, free):
-        self.path = path
-        super().__init__(
-            {name: missing for name, (missing, _) in fixed.items()} | free | read_json(path)
-        )
-        ok = self.get("_class_name", kinds[0]) in kinds
-        self.need("_class_name", ok, f"only {' or '.join(kinds)} can be converted")
-        for name in self:
-            self.need(
-                name, name in fixed or name in free or name.startswith("_"), "it is not known here"
-            )
-        for name, (_, fit) in fixed.items():
-            self.need(name, self[name] in fit, f"in ddpm.py it is {json.dumps(fit[0])}")
-
-    def need(self, name, ok, why):
-        if not ok:
-            raise Failure(f"{self.path}: {shown(name)} is {shown(json.dumps(self[name]))}; {why}")
-
-    def whole(self, name, low, high):
-        ok = type(self[name]) is int and low <= self[name] <= high
-        self.need(name, ok, f"it must be a whole number from {low:,} to {high:,}")
-        return self[name]
-
-    def real(self, name, low, high):
-        ok = type(self[name]) in (int, float) and low <= self[name] <= high
-        self.need(name, ok, f"it must be a number from {low:g} to {high:g}")
-        return float(self[name])
+def model_config(network, H, W):
+    """Return the settings of the UNet2DModel that computes what ddpm.UNet(**network) computes."""
+    kinds = ["Attn" if i in network["attention"] else "" for i in range(len(network["mult"]))]
+    K = network["num_classes"]
+    return NETWORK | {
+        "sample_size": H if H == W else [H, W],
+        "in_channels": network["in_channels"],
+        "out_channels": network["out_channels"],
+        "block_out_channels": [network["ch"] * m for m in network["mult"]],
+        "down_block_types": [f"{kind}DownBlock2D" for kind in kinds],
+        "up_block_types": [f"{kind}UpBlock2D" for kind in reversed(kinds)],
+        "layers_per_block": network["blocks"],
+        "dropout": network["dropout"],
+        "norm_num_groups": network["groups"],
+        "attention_head_dim": None,  # one head
+        "num_class_embeds": K + 1 if K else None,
+        "flip_sin_to_cos": False,  # sines come first
+        "freq_shift": 1,  # d/2 - 1 in the denominator
+        "downsample_padding": 0,  # TensorFlow's SAME
+        "norm_eps": 1e-6,
+    }
 
 
-def read_json(path):
-    """The object in a JSON file, whose size is bounded."""
+def scheduler_config(process):
+    """Return the settings of the DDPMScheduler with this process."""
+    named = {"linear": "linear", "cosine": "squaredcos_cap_v2"}.get(process["schedule"])
+    beta = process["beta"][1:].tolist()
+    return PROCESS | {
+        "num_train_timesteps": len(beta),
+        "beta_schedule": named or "linear",
+        "trained_betas": None if named else beta,
+        "variance_type": {ours: theirs for theirs, ours in VARIANCES.items()}[process["variance"]],
+        "clip_sample": process["clip"],
+    }
+
+
+def read_settings(path, kinds, defaults):
+    """Return the settings in a JSON file, completed by `defaults`."""
     try:
-        if not os.path.isfile(path):  # a pipe may have no writer
-            raise ValueError("not an ordinary file")
-        if os.path.getsize(path) > LARGEST_CONFIG:
-            raise ValueError(f"larger than {LARGEST_CONFIG:,} bytes")
-        with open(path, encoding="utf-8") as file:
-            found = json.load(file)
-        if not isinstance(found, dict):
-            raise ValueError("no object")
-        return found
-    except (ValueError, RecursionError) as error:
-        raise Failure(f"{path}: cannot be read as settings ({shown(str(error))})") from None
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise Failure(f"{path}: cannot be read as JSON ({error})") from None
+    if found.get("_class_name", kinds[0]) not in kinds:
+        reject(path, found, "_class_name", f"supported: {', '.join(kinds)}")
+    return defaults | found
 
 
-def read_network(config, tensors):
-    """(arguments of ddpm.UNet, shape of its images), for a file with so many tensors."""
-    ch, mult, attention = read_levels(config)
-    blocks, groups = (
-        config.whole("layers_per_block", 1, 1000),
-        config.whole("norm_num_groups", 1, 2**16),
-    )
-    enough = (
-        10 * len(mult) * (2 * blocks + 1) <= tensors
-    )  # of a residual block alone, there are ten
-    config.need("layers_per_block", enough, f"so many blocks cannot come out of {tensors} tensors")
-    config.need(
-        "norm_num_groups", all(ch * m % groups == 0 for m in mult), "it must divide all channels"
-    )
-    heads = {ch * mult[level] for level in (*attention, -1)}
-    one = config["attention_head_dim"] is None or [config["attention_head_dim"]] == list(heads)
-    config.need("attention_head_dim", one, "in ddpm.py attention has one head, which is null here")
-    for name, same in (("attn_norm_num_groups", groups), ("time_embedding_dim", 4 * ch)):
-        config.need(name, config[name] in (None, same), f"in ddpm.py it is {same}")
-    C = config["in_channels"]
-    config.need("in_channels", C in (1, 3), "images here have 3, or 1 if they are grey")
-    config.need(
-        "out_channels",
-        config["out_channels"] in (C, 2 * C),
-        f"it must be {C}, or {2 * C} if the variances are learned",
-    )
-    known = (
-        None
-        if config["num_class_embeds"] is None
-        else config.whole("num_class_embeds", 2, 10**6) - 1
-    )
+def reject(path, settings, name, why):
+    value = json.dumps(settings[name])[:60] if name in settings else "missing"
+    raise Failure(f"{path}: {name} is {value}; {why}")
+
+
+def compare(path, found, expected):
+    """Raise Failure unless the settings in a file are the expected ones."""
+    for name in found | expected:
+        if name.startswith("_") or name in IGNORED:
+            continue
+        if name not in expected:
+            reject(path, found, name, "this setting is not supported")
+        if name not in found or found[name] != expected[name]:
+            reject(path, found, name, f"in ddpm.py it is {json.dumps(expected[name])}")
+
+
+def read_network(path):
+    """Return the arguments of ddpm.UNet, the shape (C, H, W) of its images and its training steps."""
+    config = read_settings(path, ["UNet2DModel"], NETWORK)
+    channels = config["block_out_channels"]
+    embeds = config["num_class_embeds"]
+    attention = [i for i, kind in enumerate(config["down_block_types"]) if "Attn" in kind]
     network = dict(
-        in_channels=C,
-        out_channels=int(config["out_channels"]),
-        ch=ch,
-        mult=mult,
-        blocks=blocks,
-        attention=attention,
-        dropout=config.real("dropout", 0, 0.999),
-        groups=groups,
-        num_classes=known,
+        in_channels=config["in_channels"],
+        out_channels=config["out_channels"],
+        ch=channels[0],
+        mult=tuple(c // channels[0] for c in channels),
+        blocks=config["layers_per_block"],
+        attention=tuple(attention),
+        dropout=float(config["dropout"]),
+        groups=config["norm_num_groups"],
+        num_classes=embeds - 1 if embeds else None,
     )
-    return network, (C, *read_size(config, 2 ** (len(mult) - 1)))
+    widths = {channels[i] for i in (*attention, -1)}
+    if widths == {config.get("attention_head_dim")}:
+        config["attention_head_dim"] = None  # heads as wide as the layer: one head
+    C = network["in_channels"]
+    if C not in (1, 3):
+        reject(path, config, "in_channels", "it must be 3, or 1 for grey images")
+    sides = config["sample_size"]
+    H, W = sides if isinstance(sides, list) else (sides, sides)
+    any_value = {"sample_size": sides, "num_train_timesteps": config.get("num_train_timesteps")}
+    compare(path, any_value | config, model_config(network, H, W) | any_value)
+    return network, (C, H, W), config.get("_step", 0)
 
 
-def read_levels(config):
-    """(ch, mult, attention) of ddpm.UNet."""
-    channels, down, up = (
-        config[name] if isinstance(config[name], list) else [None]
-        for name in ("block_out_channels", "down_block_types", "up_block_types")
-    )
-    L, ch = len(channels), channels[0] if channels else None
-    ok = 0 < L <= 16 and all(type(c) is int and 4 <= c < 2**16 for c in channels)
-    config.need(
-        "block_out_channels", ok, "it must be a list of 1 to 16 whole numbers from 4 to 65,535"
-    )
-    ok = ch % 2 == 0 and all(c % ch == 0 for c in channels)
-    config.need(
-        "block_out_channels", ok, "in ddpm.py, each is a multiple of the first, which is even"
-    )
-    attention = tuple(level for level, kind in enumerate(down) if kind == "AttnDownBlock2D")
-    kinds = ["Attn" * (level in attention) for level in range(L)]
-    ok = down == [f"{kind}DownBlock2D" for kind in kinds]
-    config.need("down_block_types", ok, f"it must be {L} of DownBlock2D and AttnDownBlock2D")
-    ok = up == [f"{kind}UpBlock2D" for kind in reversed(kinds)]
-    config.need("up_block_types", ok, "it must have attention where down_block_types has it")
-    return ch, tuple(c // ch for c in channels), attention
+def read_process(path):
+    """Return the process of a scheduler."""
+    config = read_settings(path, ["DDPMScheduler", "DDIMScheduler"], PROCESS)
+    kind = config["variance_type"]
+    if kind not in VARIANCES:
+        reject(path, config, "variance_type", f"supported: {', '.join(VARIANCES)}")
+    beta = read_betas(path, config)
+    schedule = "table"
+    for name in ("linear", "cosine", "exponential"):
+        if torch.equal(beta, getattr(ddpm, f"{name}_schedule")(len(beta) - 1)):
+            schedule = name
+    clip = config["clip_sample"]
+    process = dict(beta=beta, schedule=schedule, variance=VARIANCES[kind], clip=clip)
+    read = ("beta_schedule", "beta_start", "beta_end", "trained_betas", "variance_type")
+    compare(path, config, scheduler_config(process) | {name: config[name] for name in read})
+    return process
 
 
-def read_size(config, factor):
-    """(H, W) of the images."""
-    size = config["sample_size"]
-    sides = size if isinstance(size, list) else [size, size]
-    ok = len(sides) == 2 and all(
-        type(n) is int and 0 < n <= 4096 and n % factor == 0 for n in sides
-    )
-    config.need(
-        "sample_size",
-        ok,
-        f"it must be the side of its images, or [height, width]: multiples of {factor}, up to 4096",
-    )
-    return sides
-
-
-def read_process(config, learned):
-    """What a scheduler's settings say of the process, for a network whose variances are learned or not."""
-    T = config.whole("num_train_timesteps", 1, 10**6)
-    schedule, beta = read_schedule(config, T)
-    fit = ["learned_range"] if learned else [name for name in VARIANCES if name != "learned_range"]
-    config.need(
-        "variance_type",
-        config["variance_type"] in fit,
-        f"for this network, it must be {' or '.join(fit)}",
-    )
-    config.need("clip_sample", config["clip_sample"] in (True, False), "it must be true or false")
-    config.need(
-        "clip_sample_range",
-        not config["clip_sample"] or config["clip_sample_range"] == 1,
-        "in ddpm.py it is 1.0",
-    )
-    return dict(
-        beta=beta,
-        schedule=schedule,
-        variance=VARIANCES[config["variance_type"]],
-        clip=bool(config["clip_sample"]),
-    )
-
-
-def read_schedule(config, T):
-    """(name, beta[0..T]) of the schedule: the name that it has in ddpm.py, or "table"."""
-    kind, given = config["beta_schedule"], config["trained_betas"]
-    ends = [config.real(name, LOWEST, 1 - LOWEST) for name in ("beta_start", "beta_end")]
-    if given is not None:
-        ok = (
-            isinstance(given, list)
-            and len(given) == T
-            and all(type(b) is float and LOWEST <= b <= 1 - LOWEST for b in given)
-        )
-        config.need("trained_betas", ok, f"it must be a list of T = {T:,} numbers between 0 and 1")
-        return "table", F.pad(torch.tensor(given, dtype=torch.float64), (1, 0))
-    if kind == "squaredcos_cap_v2":
-        return "cosine", ddpm.cosine_schedule(T)
+def read_betas(path, config):
+    """Return the table beta[0..T]."""
+    T = config.get("num_train_timesteps", 1000)
+    kind, first, last = (config[f"beta_{name}"] for name in ("schedule", "start", "end"))
+    if config["trained_betas"] is not None:
+        return F.pad(torch.tensor(config["trained_betas"], dtype=torch.float64), (1, 0))
     if kind == "linear":
-        return "linear" if ends == [1e-4, 0.02] else "table", ddpm.linear_schedule(T, *ends)
+        return ddpm.linear_schedule(T, first, last)
+    if kind == "squaredcos_cap_v2":
+        return ddpm.cosine_schedule(T)
     if kind == "scaled_linear":
-        return "table", ddpm.linear_schedule(T, *(end**0.5 for end in ends)) ** 2
-    config.need(
-        "beta_schedule",
-        kind == "sigmoid",
-        "ddpm.py can be linear, scaled_linear, squaredcos_cap_v2, sigmoid or trained_betas",
-    )
-    beta = ends[0] + (ends[1] - ends[0]) * ddpm.linear_schedule(T, -6, 6).sigmoid()
-    return "table", F.pad(beta[1:], (1, 0))
+        return ddpm.linear_schedule(T, first**0.5, last**0.5) ** 2
+    if kind == "sigmoid":
+        rise = torch.linspace(-6, 6, T, dtype=torch.float64).sigmoid()
+        return F.pad(first + (last - first) * rise, (1, 0))
+    reject(path, config, "beta_schedule", "it is not supported")
 
 
 # --- Names of the layers -------------------------------------------------------------------------
 
+# The layers of a block: in ddpm.py, in diffusers, in the authors' weights.
 RES = [
-    ("norm1",) * 3,
-    ("conv1",) * 3,
-    ("emb", "time_emb_proj", "temb_proj"),
-    ("norm2",) * 3,
-    ("conv2",) * 3,
-    ("shortcut", "conv_shortcut", "nin_shortcut"),
+    "norm1 conv1 emb norm2 conv2 shortcut".split(),
+    "norm1 conv1 time_emb_proj norm2 conv2 conv_shortcut".split(),
+    "norm1 conv1 temb_proj norm2 conv2 nin_shortcut".split(),
 ]
 ATTENTION = [
-    ("norm", "group_norm", "norm"),
-    ("q", "to_q", "q"),
-    ("k", "to_k", "k"),
-    ("v", "to_v", "v"),
-    ("out", "to_out.0", "proj_out"),
+    "norm q k v out".split(),
+    "group_norm to_q to_k to_v to_out.0".split(),
+    "norm q k v proj_out".split(),
 ]
-# diffusers renamed its attention in 2023; the published files are older.
+# diffusers renamed its attention in 2023. The published files are older.
 OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+CONVOLUTIONS = (".q.weight", ".k.weight", ".v.weight", ".out.weight")  # Linear layers in diffusers
+DIFFUSERS, AUTHORS = 1, 2  # columns of the tables above
 
 
-def layers(levels, blocks):
-    """(in ddpm.UNet, in diffusers, in the authors' weights): each layer that such a network may have.
+def layers(network):
+    """Yield the names of each layer that such a network can have: ours, diffusers', the authors'.
 
-    The numbers of ours run on through down and up; theirs begin again at each level. diffusers counts
-    the levels of up_blocks from the lowest, the authors those of up from the highest.
+    Our numbers continue through all levels; theirs begin again at each level. diffusers counts the
+    levels of up_blocks from the lowest, the authors count those of up from the highest.
     """
+    levels = len(network["mult"])
+    blocks = network["blocks"]
 
     def block(parts, *wholes):
-        return [tuple(f"{whole}.{part}" for whole, part in zip(wholes, names)) for names in parts]
+        for row in zip(*parts):
+            yield tuple(f"{whole}.{part}" for whole, part in zip(wholes, row))
 
     def stage(ours, theirs, authors, j):
         yield from block(RES, f"{ours}.0", f"{theirs}.resnets.{j}", f"{authors}.block.{j}")
@@ -323,244 +228,260 @@ def layers(levels, blocks):
     yield from block(ATTENTION, "mid.1", "mid_block.attentions.0", "mid.attn_1")
     yield from block(RES, "mid.2", "mid_block.resnets.1", "mid.block_2")
     for rung in range(levels):
-        i, theirs, authors = rung * (blocks + 1), f"up_blocks.{rung}", f"up.{levels - 1 - rung}"
+        level = levels - 1 - rung
+        i, theirs, authors = rung * (blocks + 1), f"up_blocks.{rung}", f"up.{level}"
         for j in range(blocks + 1):
             yield from stage(f"up.{i + j}", theirs, authors, j)
-        for place in (2, 3):  # without and with attention before it
-            yield (
-                f"up.{i + blocks}.{place}",
-                f"{theirs}.upsamplers.0.conv",
-                f"{authors}.upsample.conv",
-            )
+        place = 3 if level in network["attention"] else 2
+        upsample = f"up.{i + blocks}.{place}"
+        yield upsample, f"{theirs}.upsamplers.0.conv", f"{authors}.upsample.conv"
     yield "norm_out", "conv_norm_out", "norm_out"
     yield ("conv_out",) * 3
 
 
-DIFFUSERS, AUTHORS = 1, 2  # columns of `layers`
-
-
 def names(network, column):
-    """{name in ddpm.UNet: (theirs, our shape)} of every tensor of a network, which is not built."""
-    with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in ddpm.UNet(**network).state_dict().items()}
-    listed = {
-        f"{row[0]}.{kind}": f"{row[column]}.{kind}"
-        for kind in ("weight", "bias")
-        for row in layers(len(network["mult"]), network["blocks"])
-    }
-    return {name: (listed[name], tuple(shape)) for name, shape in shapes.items()}
+    """Return {name in ddpm.UNet: name in a column} of each tensor that such a network can have."""
+    rows = [(row[0], row[column]) for row in layers(network)]
+    return {f"{a}.{kind}": f"{b}.{kind}" for a, b in rows for kind in ("weight", "bias")}
 
 
-def matched(path, found, network, column):
-    """{name in ddpm.UNet: tensor} out of {their name: Weight}: all of them, nothing else, all finite."""
-    current = {".".join(OLD.get(part, part) for part in name.split(".")): name for name in found}
-    wanted = names(network, column)
-    for theirs, shape in wanted.values():
-        if theirs not in current:
-            raise Failure(f"{path}: {theirs} is missing, and the network needs it")
-        has = found[current[theirs]].shape
-        if shape not in (has, (*has, 1, 1)):  # a Linear is a 1x1 convolution
-            raise Failure(
-                f"{path}: {shown(current[theirs])} is {shown(str(list(has)))}, and the network "
-                f"needs {list(shape)}"
-            )
-    extra = found.keys() - {current[theirs] for theirs, _ in wanted.values()}
-    if extra:
-        raise Failure(f"{path}: {shown(min(extra))} is not a part of the network")
+def renamed(path, found, network, column):
+    """Return `found`, {name in a column: tensor}, as {name in ddpm.UNet: tensor}."""
+    ours = {theirs: name for name, theirs in names(network, column).items()}
     weights = {}
-    for name, (theirs, shape) in wanted.items():
-        weights[name] = found[current[theirs]].read().reshape(shape)
-        if not weights[name].isfinite().all():
-            raise Failure(f"{path}: {shown(current[theirs])} holds numbers that are not finite")
+    for theirs, tensor in found.items():
+        name = ours.get(".".join(OLD.get(part, part) for part in theirs.split(".")))
+        if name is None:
+            raise Failure(f"{path}: {theirs} is not a part of the network")
+        if name.endswith(CONVOLUTIONS) and tensor.ndim == 2:
+            tensor = tensor[:, :, None, None]
+        weights[name] = tensor
     return weights
+
+
+def shapes(network):
+    """Return {name: shape} for every tensor of ddpm.UNet(**network), without memory for its weights."""
+    with torch.device("meta"):  # a label table takes a second there
+        net = ddpm.UNet(**{**network, "num_classes": None})
+    found = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
+    if network["num_classes"]:
+        found["label.weight"] = (network["num_classes"] + 1, 4 * network["ch"])
+    return found
+
+
+# --- Files of weights ----------------------------------------------------------------------------
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FILES = ("safetensors", "safetensors.index.json", "fp16.safetensors", "bin")
+
+
+def read_weights(path):
+    """Return {name: float32 tensor} of a .safetensors file, of its index, or of a file of torch.save."""
+    path = pathlib.Path(path)
+    if path.suffix == ".json":
+        found = {}
+        for part in sorted(set(json.loads(path.read_text())["weight_map"].values())):
+            found |= read_safetensors(path.parent / part)
+        return found
+    return read_safetensors(path) if path.suffix == ".safetensors" else read_pickled(path)
+
+
+def read_safetensors(path):
+    """Return {name: float32 tensor}: 8 bytes of length, a header in JSON, then the tensors' bytes."""
+    raw = np.fromfile(path, np.uint8)
+    start = 8 + int.from_bytes(raw[:8].tobytes(), "little")
+    try:
+        header = json.loads(raw[8:start].tobytes())
+    except ValueError:
+        raise Failure(f"{path}: damaged: its header cannot be read") from None
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in header.items():
+        first, last = entry["data_offsets"]
+        if start + last > len(raw):
+            raise Failure(f"{path}: damaged: it ends before {name}")
+        if entry["dtype"] not in DTYPES:
+            raise Failure(f"{path}: {name} has the type {entry['dtype']}, not {', '.join(DTYPES)}")
+        data = torch.from_numpy(raw[start + first : start + last].copy())
+        tensors[name] = data.view(DTYPES[entry["dtype"]]).reshape(entry["shape"]).float()
+    return tensors
+
+
+def write_safetensors(path, tensors):
+    """Write {name: tensor}, of the types in DTYPES, to a new file."""
+    kinds = {dtype: name for name, dtype in DTYPES.items()}
+    header = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        span = [end, end + tensor.nbytes]
+        header[name] = dict(dtype=kinds[tensor.dtype], shape=list(tensor.shape), data_offsets=span)
+        end += tensor.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # aligns the data
+    with open(path, "xb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+
+
+def read_pickled(path):
+    """Return {name: float32 tensor} of a dictionary of tensors that torch.save wrote. No code is run."""
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        reason = str(error).partition("\n")[0]
+        raise Failure(f"{path}: cannot be read as weights ({reason})") from None
+    if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
+        raise Failure(f"{path}: is not a dictionary of tensors; save net.state_dict() alone")
+    return {name: tensor.detach().float() for name, tensor in tensors.items()}
 
 
 # --- Reading -------------------------------------------------------------------------------------
 
 
-def read_folder(folder, class_names=None):
-    """What a folder in diffusers' layout holds: all in one place, or in unet/ and scheduler/.
-
-    class_names: of a labelled network whose file does not tell them.
-    """
-
-    def inside(name, file):
-        nested = os.path.join(folder, name, file)
-        return nested if os.path.lexists(nested) else os.path.join(folder, file)
-
-    path = inside("unet", "config.json")
-    if not os.path.lexists(path):
-        raise Failure(f"{path}: no such file; a folder in diffusers' layout has it")
-    config = Settings(path, ["UNet2DModel"], FIXED, FREE)
-    safe, pickled = (
-        os.path.join(os.path.dirname(path), f"diffusion_pytorch_model.{kind}")
-        for kind in ("safetensors", "bin")
-    )
-    file = pickled if os.path.isfile(pickled) and not os.path.isfile(safe) else safe
-    found = weights_in(file)
-    network, shape = read_network(config, len(found))
-    learned = network["out_channels"] > shape[0]
-    scheduler = inside("scheduler", "scheduler_config.json")
-    process, assumed = (
-        authors_process("learned" if learned else "beta"),
-        not os.path.lexists(scheduler),
-    )
-    if not assumed:
-        kinds = ["DDPMScheduler", "DDIMScheduler"]
-        process = read_process(Settings(scheduler, kinds, PROCESS_FIXED, PROCESS_FREE), learned)
-    weights = matched(file, found, network, DIFFUSERS)
-    classes = read_classes(file, network["num_classes"], class_names)
-    if learned:  # diffusers' v is (output + 1) / 2, ours is the output
-        weights["conv_out.weight"][shape[0] :] /= 2
-        weights["conv_out.bias"][shape[0] :].add_(1).div_(2)
-    return dict(
-        network=network,
-        shape=shape,
-        classes=classes,
-        process=process,
-        weights=weights,
-        assumed=assumed,
-    )
-
-
-def read_classes(file, K, class_names):
-    """The names of the K classes, which our files carry and others do not. The last row means "no label"."""
-    carried = metadata(file).get("classes") if file.endswith(".safetensors") else None
-    try:
-        classes = json.loads(carried) if carried else class_names or []
-    except (ValueError, TypeError, RecursionError):
-        classes = None
-    if not isinstance(classes, list) or not all(isinstance(name, str) and name for name in classes):
-        raise Failure(f"{file}: the names of its classes cannot be read")
-    if len(set(classes)) < len(classes):
-        raise UsageError("--classes: a name stands there twice")
-    if len(classes) != (K or 0):
+def weights_alone(network, shape, process, weights, classes=(), step=0):
+    """Return a checkpoint without a run. Raises UsageError unless all classes are named."""
+    K = network["num_classes"] or 0
+    if len(classes) != K:
         raise UsageError(
-            f"--classes: {len(classes)} names, but the network has {K or 0} classes (rows of "
-            f'its class_embedding, of which the last must be "no label")'
+            f"the network has {K} classes, but {len(classes)} are named; name them with convert.py "
+            f"--classes or in classes.txt (the last row of class_embedding means no label)"
         )
-    return classes
+    return dict(network=network, shape=shape, process=process, classes=list(classes), step=step,
+                model=weights, ema=weights)  # fmt: skip
 
 
 def authors_process(variance):
-    """Sec. 4 and the authors' code: the process of their runs, of this variance."""
+    """Return the process of the authors' runs (sec. 4), with this variance."""
     return dict(beta=ddpm.linear_schedule(), schedule="linear", variance=variance, clip=True)
 
 
+def read_folder(folder, classes=()):
+    """Read a diffusers folder: all files in one place, or in unet_ema/ or unet/ and in scheduler/.
+
+    classes: the names of the classes, if the folder has no classes.txt.
+    """
+    folder = pathlib.Path(folder)
+    unet = next((p for p in (folder / "unet_ema", folder / "unet") if p.is_dir()), folder)
+    if not (unet / "config.json").is_file():
+        raise Failure(f"{unet / 'config.json'}: no such file; a diffusers folder contains it")
+    network, shape, step = read_network(unet / "config.json")
+    learned = network["out_channels"] > shape[0]
+
+    scheduler = folder / "scheduler" if (folder / "scheduler").is_dir() else folder
+    if (scheduler / "scheduler_config.json").is_file():
+        process = read_process(scheduler / "scheduler_config.json")
+        whose = "the folder's"
+    else:
+        process = authors_process("learned" if learned else "beta")
+        whose = "without scheduler_config.json, the paper's"
+
+    paths = [unet / f"diffusion_pytorch_model.{suffix}" for suffix in FILES]
+    file = next((path for path in paths if path.is_file()), None)
+    if file is None:
+        raise Failure(f"{unet}: contains no {paths[0].name} (or {', '.join(FILES[1:])})")
+    weights = renamed(file, read_weights(file), network, DIFFUSERS)
+    if learned:  # diffusers' v is (output + 1) / 2, ours is the output
+        weights = rescaled(weights, shape[0], 0.5, 0.5)
+    if (folder / "classes.txt").is_file():
+        classes = (folder / "classes.txt").read_text(encoding="utf-8").rstrip("\n").split("\n")
+    note(f"read {file}; process: {whose}")
+    return weights_alone(network, shape, process, weights, classes, step)
+
+
+def rescaled(weights, C, scale, shift):
+    """Return the weights of a network whose predicted variances v become scale * v + shift."""
+    kernel = weights["conv_out.weight"].clone()
+    bias = weights["conv_out.bias"].clone()
+    kernel[C:] *= scale
+    bias[C:] = scale * bias[C:] + shift
+    return weights | {"conv_out.weight": kernel, "conv_out.bias": bias}
+
+
 # The authors' runs, whose weights come without settings: the network, its images, the variance.
-CIFAR10 = dict(
-    in_channels=3,
-    out_channels=3,
-    ch=128,
-    mult=(1, 2, 2, 2),
-    blocks=2,
-    attention=(1,),
-    dropout=0.1,
-    groups=32,
-    num_classes=None,
-)
+CIFAR10 = {name: each.default for name, each in inspect.signature(ddpm.UNet).parameters.items()}
+CIFAR10 |= dict(out_channels=3)
 LARGE = CIFAR10 | dict(mult=(1, 1, 2, 2, 4, 4), attention=(4,), dropout=0.0)
 RUNS = [(CIFAR10, (3, 32, 32), "beta"), (LARGE, (3, 256, 256), "beta_tilde")]
 
 
-def read_authors(path):
-    """What a file of the authors' weights in PyTorch holds: their CIFAR-10 run or one at 256x256."""
-    found = weights_in(path)
+def read_authors(path, found):
+    """Return the checkpoint of the authors' weights in PyTorch: for CIFAR-10, or for 256x256 images."""
     for network, shape, variance in RUNS:
-        if {theirs for theirs, _ in names(network, AUTHORS).values()} == found.keys():
-            weights = matched(path, found, network, AUTHORS)
-            return dict(
-                network=network,
-                shape=shape,
-                classes=[],
-                process=authors_process(variance),
-                weights=weights,
-                assumed=False,
-            )
-    raise Failure(
-        f"{path}: these are not the weights of the authors' network for CIFAR-10 or for 256x256"
+        theirs = names(network, AUTHORS)
+        if {theirs[name] for name in shapes(network)} == found.keys():
+            weights = renamed(path, found, network, AUTHORS)
+            return weights_alone(network, shape, authors_process(variance), weights)
+    raise Failure(f"{path}: contains neither the authors' weights nor a state_dict of ddpm.UNet")
+
+
+def is_state_dict(found):
+    """Return whether these are the weights of a ddpm.UNet under its own names."""
+    return "time.0.weight" in found and "conv_in.weight" in found
+
+
+def read_state_dict(found, groups, size, process, classes=()):
+    """Return the checkpoint of a state_dict of ddpm.UNet, whose network follows from the shapes.
+
+    The shapes do not contain the number of groups, the image size (H, W) and the process.
+    """
+    ch, C = found["conv_in.weight"].shape[:2]
+    stages = 1 + max(int(name.split(".")[1]) for name in found if name.startswith("down."))
+    residual = [f"down.{i}.0.conv1.weight" in found for i in range(stages)]
+    blocks = [*residual, False].index(False)
+    first = range(0, stages, blocks + 1)  # the first stage of each level
+    outputs = len(found["conv_out.weight"])
+    network = dict(
+        in_channels=C,
+        out_channels=outputs,
+        ch=ch,
+        mult=tuple(len(found[f"down.{i}.0.conv1.weight"]) // ch for i in first),
+        blocks=blocks,
+        attention=tuple(level for level, i in enumerate(first) if f"down.{i}.1.q.weight" in found),
+        dropout=0.0,
+        groups=groups,
+        num_classes=len(found["label.weight"]) - 1 if "label.weight" in found else None,
     )
+    process = dict(process, variance="learned" if outputs > C else "beta")
+    return weights_alone(network, (C, *size), process, found, classes)
 
 
 # --- Writing -------------------------------------------------------------------------------------
 
 
-def write_folder(folder, held):
-    """Writes into an empty folder what read_folder reads, and diffusers too: UNet2DModel.from_pretrained,
-    and, unless it has classes, DDPMPipeline.from_pretrained."""
-    network, (C, H, W), process = held["network"], held["shape"], held["process"]
+def write_folder(folder, ckpt, dtype="fp32"):
+    """Write the average weights into an empty folder, for read_folder and UNet2DModel.from_pretrained.
+
+    Without classes, DDPMPipeline.from_pretrained reads it too. dtype: "fp32" or "bf16".
+    """
+    network, (C, H, W), classes = ckpt["network"], ckpt["shape"], ckpt["classes"]
     if network["mult"][0] != 1:
         raise Failure(
-            f"mult begins with {network['mult'][0]}: in diffusers, the first level is as wide as "
-            f"conv_in"
+            f"mult begins with {network['mult'][0]}, but diffusers' first level is as wide as conv_in"
         )
-    weights = dict(held["weights"])
+    weights = ckpt["ema"]
     if network["out_channels"] > C:
-        for name, shift in (("conv_out.weight", 0), ("conv_out.bias", 1)):
-            eps, v = weights[name].split(C)
-            weights[name] = torch.cat([eps, 2 * v - shift])
+        weights = rescaled(weights, C, 2, -1)
+    theirs = names(network, DIFFUSERS)
+    kind = torch.bfloat16 if dtype == "bf16" else torch.float32
     tensors = {}
-    for name, (theirs, _) in names(network, DIFFUSERS).items():
-        attention = ".attentions." in theirs and weights[name].ndim == 4
-        tensors[theirs] = weights[name].flatten(1) if attention else weights[name]
-    files = {
-        "config.json": model_config(network, H, W),
-        "scheduler_config.json": scheduler_config(process),
-    }
-    if not held["classes"]:  # DDPMPipeline hands on no labels
-        files["model_index.json"] = {
-            "_class_name": "DDPMPipeline",
-            "_diffusers_version": VERSION,
-            "scheduler": ["diffusers", "DDPMScheduler"],
-            "unet": ["diffusers", "UNet2DModel"],
-        }
-    for name, settings in files.items():
-        with open(os.path.join(folder, name), "x") as file:
-            json.dump(settings, file, indent=2)
-    about = {"classes": json.dumps(held["classes"])} if held["classes"] else {}
-    with open(os.path.join(folder, "diffusion_pytorch_model.safetensors"), "xb") as file:
-        write_safetensors(file, tensors, about)
+    for name, tensor in weights.items():
+        linear = name.endswith(CONVOLUTIONS)
+        tensors[theirs[name]] = (tensor.flatten(1) if linear else tensor).to(kind)
+    write_safetensors(folder / "diffusion_pytorch_model.safetensors", tensors)
+
+    # diffusers ignores names with an underscore.
+    config = model_config(network, H, W) | {"_step": ckpt["step"]}
+    write_json(folder / "config.json", "UNet2DModel", config)
+    write_json(folder / "scheduler_config.json", "DDPMScheduler", scheduler_config(ckpt["process"]))
+    if classes:
+        (folder / "classes.txt").write_text("\n".join(classes) + "\n", encoding="utf-8")
+    else:  # DDPMPipeline passes no labels
+        parts = dict(scheduler=["diffusers", "DDPMScheduler"], unet=["diffusers", "UNet2DModel"])
+        write_json(folder / "model_index.json", "DDPMPipeline", parts)
 
 
-VERSION = "0.42.1"  # of diffusers, with which what is written here was loaded
-
-
-def model_config(network, H, W):
-    """A network as the settings of UNet2DModel."""
-    L, attention, K = len(network["mult"]), network["attention"], network["num_classes"]
-    kinds = ["Attn" * (level in attention) for level in range(L)]
-    return {
-        "_class_name": "UNet2DModel",
-        "_diffusers_version": VERSION,
-        **{name: fit[0] for name, (_, fit) in FIXED.items()},
-        "sample_size": H if H == W else [H, W],
-        "in_channels": network["in_channels"],
-        "out_channels": network["out_channels"],
-        "block_out_channels": [network["ch"] * m for m in network["mult"]],
-        "down_block_types": [f"{kind}DownBlock2D" for kind in kinds],
-        "up_block_types": [f"{kind}UpBlock2D" for kind in reversed(kinds)],
-        "layers_per_block": network["blocks"],
-        "dropout": network["dropout"],
-        "attention_head_dim": None,
-        "norm_num_groups": network["groups"],
-        "num_class_embeds": K and K + 1,
-    }
-
-
-def scheduler_config(process):
-    """A process as the settings of DDPMScheduler."""
-    named = {"linear": "linear", "cosine": "squaredcos_cap_v2"}.get(process["schedule"])
-    beta = process["beta"][1:].tolist()
-    theirs = {ours: name for name, ours in reversed(VARIANCES.items())}
-    return {
-        "_class_name": "DDPMScheduler",
-        "_diffusers_version": VERSION,
-        **{name: fit[0] for name, (_, fit) in PROCESS_FIXED.items()},
-        "num_train_timesteps": len(beta),
-        "beta_schedule": named or "linear",
-        "beta_start": 1e-4,
-        "beta_end": 0.02,
-        "trained_betas": None if named else beta,
-        "variance_type": theirs[process["variance"]],
-        "clip_sample": process["clip"],
-    }
+def write_json(path, kind, settings):
+    settings = {"_class_name": kind, "_diffusers_version": VERSION, **settings}
+    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

@@ -1,140 +1,167 @@
-"""Files and folders that are written whole or not at all.
+"""Files that are complete or do not exist, and existing files that are moved aside.
 
-A writer works on a partial file beside the target and renames it at the end. A crash, a full disk or
-a signal therefore leaves the old file as it was. Everything that the commands write goes through here.
+A file is written under a hidden name beside its target, flushed to disk, and renamed. A crash, a
+full disk or a signal therefore leaves the old file as it was.
 """
 
 import contextlib
 import glob
-import hashlib
+import itertools
 import os
 import pathlib
 import secrets
 import shutil
-import stat
-import time
 
 from support.errors import Failure, UsageError
+from support.progress import note
+
+# --- Checks before the work ----------------------------------------------------------------------
 
 
-def writable(path):
-    """Raises Failure if `path`, as a person typed it, cannot become a file. Called before the work."""
-    if path.endswith("/") or os.path.isdir(path):
-        raise Failure(f"{path}: is a folder")
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise Failure(f"{path}: is not an ordinary file")
-    takes_files(path, path)
+def writable(path, flag="--out"):
+    """Raise Failure unless a file can be created or replaced at `path`, the value of `flag`."""
+    if str(path).endswith(("/", os.sep)) or (os.path.exists(path) and not os.path.isfile(path)):
+        raise Failure(f"{flag} {path}: is not a file; choose another path")
+    try_to_write(path, flag)
 
 
-def takes_files(path, typed):
-    """Raises Failure, in which `typed` stands for the path, unless a file can be made at `path`."""
-    path, parent = pathlib.Path(os.path.realpath(path)), pathlib.Path(typed).parent
-    if not path.parent.is_dir():  # where a link leads, perhaps
-        raise Failure(f"{typed}: there is no folder {path.parent if parent.is_dir() else parent}")
-    partial, folder = partial_name(path), path.parent.stat()
+def writable_folder(path, flag="--out"):
+    """Raise Failure unless `path` is a folder or one can be created there."""
+    if os.path.exists(path) and not os.path.isdir(path):
+        raise Failure(f"{flag} {path}: exists but is not a folder; choose another path")
+    try_to_write(path, flag)
+
+
+def try_to_write(path, flag):
+    """Create and remove a file beside `path`."""
+    partial = partial_name(path)
     try:
-        with contextlib.suppress(FileNotFoundError):
-            owner = os.lstat(path).st_uid  # a name that is too long is refused here
-            if folder.st_mode & stat.S_ISVTX and os.geteuid() not in (0, owner, folder.st_uid):
-                raise Failure(
-                    f"{typed}: belongs to another user, and its folder lets nobody else replace it"
-                )
-        partial.touch(exist_ok=False)
+        partial.touch()
         partial.unlink()
     except OSError as error:
-        raise Failure(f"{typed}: cannot be written there: {error.strerror}") from None
+        raise Failure(f"{flag} {path}: cannot be written: {error.strerror}") from None
 
 
-def refuse_no_folder(path, typed):
-    """Raises Failure if `path`, which is to be a folder, is there as something else."""
-    if os.path.lexists(path) and not os.path.isdir(path):
-        raise Failure(f"--out {typed}: is there, and no folder; name a new one")
+def create_folder(path, flag):
+    """Create a folder, and those above it, unless it exists. Raise Failure if that fails."""
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise Failure(f"{flag} {path}: {error.strerror}; choose another folder") from None
+
+
+def same(one, other):
+    """Return whether two paths lead to the same file, which exists."""
+    return os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other)
 
 
 def refuse_input(out, *inputs):
-    """Raises UsageError if `out` is one of the files that the command reads, by whatever path."""
-    for path in filter(None, inputs):
-        if os.path.exists(path) and os.path.exists(out) and os.path.samefile(path, out):
-            raise UsageError(f"--out: {out} is what the command reads; name another file")
+    """Raise UsageError if `out` is one of the files that the command reads."""
+    for path in inputs:
+        if path and same(path, out):
+            raise UsageError(f"--out {out}: the command reads this file; name another one")
+
+
+# --- Writing -------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def replacing(path, through_links=True):
-    """Yields a binary file that takes the place of `path`, and its permissions, once it is complete and
-    on disk.
+def replacing(path):
+    """Yield a binary file that replaces `path` once it is complete on disk.
 
-    Any exception inside leaves `path` as it was. A full disk raises Failure. through_links: if `path` is a
-    link, what it points to is replaced; otherwise the link is, for a place that others may write to.
+    Any exception inside leaves `path` as it was. A full disk raises Failure.
     """
-    typed, path = path, pathlib.Path(os.path.realpath(path) if through_links else path)
     partial = partial_name(path)
-    clear_old_partials(path)
     try:
-        with naming(typed, partial):
+        with naming(path, partial):
             with open(partial, "x+b") as file:
-                if path.is_file() and not path.is_symlink():
-                    os.fchmod(file.fileno(), stat.S_IMODE(path.stat().st_mode))
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(partial, path)
-    except BaseException:
+            os.replace(partial, os.path.realpath(path))
+    finally:
         partial.unlink(missing_ok=True)
-        raise
 
 
 @contextlib.contextmanager
-def replacing_folder(typed):
-    """Yields an empty folder that takes the place of `typed`, which is missing or empty, at the end. A full
-    disk raises Failure."""
-    path = pathlib.Path(os.path.realpath(typed))
+def replacing_folder(path):
+    """Yield an empty folder that replaces `path`, which is missing or an empty folder, at the end."""
     partial = partial_name(path)
     try:
-        with naming(typed, partial):
+        with naming(path, partial):
             partial.mkdir()
             yield partial
-            partial.replace(path)
+            if os.path.exists(path):
+                os.rmdir(path)  # raises if it is not empty
+            partial.rename(path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def naming(typed, partial):
-    """A writer's error names the file as a person typed it, where the system names none or the partial."""
+def naming(path, partial):
+    """Turn an error of writing, which names no file or the hidden one, into a Failure that names `path`."""
     try:
         yield
-    except (ConnectionError, TimeoutError):  # of a network, not of the disk
+    except (ConnectionError, TimeoutError):  # of a download, not of the disk
         raise
     except OSError as error:
-        if str(error.filename or partial).startswith(str(partial)):
-            raise Failure(f"{typed}: {error.strerror or error}; nothing changed") from None
-        raise
-
-
-def sha256(file, length, after=lambda done: None):
-    """SHA-256 of the next `length` bytes of an open file, or of as many as there are. It is read, not mapped:
-    a mapped file that shrinks meanwhile would end the process. after(done) is called after each part."""
-    digest, done = hashlib.sha256(), 0
-    while chunk := file.read(min(length - done, 2**20)):
-        digest.update(chunk)
-        done += len(chunk)
-        after(done)
-    return digest.digest()
+        if error.filename and not str(error.filename).startswith(str(partial)):
+            raise
+        raise Failure(f"{path}: {error.strerror or error}; nothing changed") from None
 
 
 def partial_name(path):
-    """A hidden name beside `path` that no other process takes, on whatever machine it runs."""
-    return path.with_name(f"{partial_stem(path)}{secrets.token_hex(4)}.partial")
+    """Return a hidden name beside the file `path`, or the file that it links to. A long name is cut."""
+    real = pathlib.Path(os.path.realpath(path))
+    return real.with_name(f".{real.name[:50]}.{secrets.token_hex(4)}.partial")
 
 
-def partial_stem(path):
-    """How the partial names of `path` begin. A long name is cut: with more letters it might be refused."""
-    return f".{os.fsdecode(os.fsencode(path.name)[:200])}."
+# --- A run's checkpoint and the sample grids beside it -------------------------------------------
 
 
-def clear_old_partials(path):
-    """Removes what a killed writer of `path` left. A partial file younger than an hour may be in use."""
-    with contextlib.suppress(OSError):
-        for left in path.parent.glob(f"{glob.escape(partial_stem(path))}*.partial"):
-            if time.time() - left.stat().st_mtime > 3600:
-                left.unlink()
+def grid_name(out, epoch):
+    """Return ckpt.0005.png for ckpt.pt."""
+    return f"{out.removesuffix('.pt')}.{epoch:04d}.png"
+
+
+def grids(out):
+    """Return the grids that lie beside a checkpoint as {epoch: path}, the earliest epoch first."""
+    start = out.removesuffix(".pt") + "."
+    found = {}
+    for path in glob.glob(f"{glob.escape(start)}*.png"):
+        number = path.removeprefix(start).removesuffix(".png")
+        if number.isdecimal() and len(number) >= 4:
+            found[int(number)] = path
+    return dict(sorted(found.items()))
+
+
+def free_name(out):
+    """Return the first of ckpt.1.pt, ckpt.2.pt, ... that no run uses."""
+    stem = out.removesuffix(".pt")
+    suffix = out.removeprefix(stem)
+    for i in itertools.count(1):
+        name = f"{stem}.{i}{suffix}"
+        if not os.path.exists(name) and not grids(name):
+            return name
+
+
+def make_way(out):
+    """Rename an existing checkpoint and its grids: ckpt.pt becomes ckpt.1.pt, or the next number."""
+    pictures = grids(out)
+    if not os.path.exists(out) and not pictures:
+        return
+    name = free_name(out)
+    if os.path.exists(out):
+        os.rename(out, name)
+    for epoch, picture in pictures.items():
+        os.rename(picture, grid_name(name, epoch))
+    note(f"note: the existing {out} is now {name}, and its grids have this name too")
+
+
+def version(path):
+    """Identify the content of a file by size, time and inode; None if the file does not exist."""
+    if not os.path.exists(path):
+        return None
+    state = os.stat(path)
+    return state.st_size, state.st_mtime_ns, state.st_ino

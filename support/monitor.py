@@ -1,6 +1,6 @@
 """What a run reports while it trains, and the signals that ask it to stop.
 
-Losses are added up on the device. Reading them makes the host wait for it, so that they are read only
+Losses are collected on the device. Reading them makes the host wait for it, so they are read only
 when a report is due: at the end of an epoch, every 50 steps, and after five seconds.
 """
 
@@ -11,207 +11,202 @@ import os
 import signal
 import time
 
+import numpy as np
 import torch
 
-from support import budget, command, devices, workers
-from support.errors import Failure, UsageError
-from support.files import writable
-from support.progress import Progress, duration, note, say
+import ddpm
+import improved
+from support import batches, budget, checkpoint, command, devices, pictures, sampling, workers
+from support.errors import Failure
+from support.files import grid_name, replacing, writable
+from support.progress import Progress, duration, say
 
 
 class Monitor:
-    """The losses since the last report and of the epoch, and the first number that is not finite.
+    """The losses since the last report and of the epoch, and the signals that arrived.
 
-    cfg: the settings of train.py. images: how many there are. The run goes from `step` to `steps`.
+    cfg, run: the settings and the run of train.py.
     """
 
-    def __init__(self, cfg, images, step, steps, device):
-        self.cfg, self.N, self.steps = cfg, images, steps
-        self.progress = Progress("training", steps, "steps", step) if workers.is_first() else None
-        self.losses = torch.zeros(2, device=device)  # their sum, and how many
-        self.epoch_losses = torch.zeros(2)
-        self.bad = torch.zeros(
-            3, device=device
-        )  # the first step, loss and gradient that are not finite
+    def __init__(self, cfg, run, device):
+        self.cfg = cfg
+        self.run = run
+        self.device = device
+        self.steps = math.ceil(cfg.epochs * run.about["images"] / cfg.batch_size)
+        self.progress = Progress("training", self.steps, "steps", run.step)
+        self.losses = []  # since the last report, on the device
+        self.epoch_losses = []  # the mean loss of each report in this epoch, once for each step
         self.began = self.epoch_began = self.reported_at = time.monotonic()
-        self.reported, self.log = step, cfg.log
-        self.stops, self.stopping = [], False  # the signals; whether all processes know of one
-        if cfg.log:
-            end_last_line(cfg.log)  # a log that cannot be written is refused here
+        self.signals = []  # that this process received
+        self.stopping = False  # whether any process received one
+        command.on_ending_signals(self.stop)
 
-    @contextlib.contextmanager
-    def aside(self):
-        """What happens inside is no training: its time is not an epoch's, nor that of steps."""
-        start = time.monotonic()
-        yield
-        spent = time.monotonic() - start
-        self.epoch_began, self.reported_at = self.epoch_began + spent, self.reported_at + spent
-        if self.progress:
-            self.progress.began += spent
-
-    def describe(self, run, d, cost, why):
-        """Prints what is about to happen: data, network, settings and why, steps, time and memory."""
-        if not workers.is_first():
-            return
-        cfg, about, device = self.cfg, run.about, self.losses.device
-        (C, H, W), K, held = about["shape"], len(about["classes"]), about["held_out"]
+    def describe(self, d, cost, why):
+        """Print what is about to happen: data, network, settings and their reason, time and memory."""
+        cfg = self.cfg
+        about = self.run.about
+        C, H, W = about["shape"]
+        classes = about["classes"]
+        held = about["held_out"]
+        weights = sum(p.numel() for p in self.run.net.parameters())
+        names = ", ".join(classes[:10]) + (", ..." if classes[10:] else "")
         say(
-            f"{cfg.data}: {self.N:,} images, {H}x{W}x{C}"
-            + (f", {K} classes" if K else "")
-            + (f"; {held:,} more are held out" if held else "; none are held out of so few")
+            f"{cfg.data}: {about['images']:,} images, {H}x{W}x{C}"
+            + (f", {len(classes)} classes ({names})" if classes else "")
+            + (f"; {held:,} more are held out" if held else "; too few to hold some out")
         )
         say(
-            f"UNet with {sum(p.numel() for p in run.net.parameters()):,} parameters on "
-            f"{devices.title(device)}; {about['process']['schedule']} schedule, T = {d.T}, variance "
-            f"{cfg.variance}"
+            f"UNet with {weights:,} parameters on {self.device}; {about['process']['schedule']} "
+            f"schedule, T = {d.T}, variance {cfg.variance}"
         )
         say(
             f"batch {cfg.batch_size}, lr {cfg.lr:g}, warm-up {cfg.warmup}, decay {cfg.decay}, "
-            f"ema {cfg.ema:g}, dropout {cfg.dropout:g}, flip {cfg.flip}, seed {cfg.seed}"
+            f"ema {cfg.ema:g}, dropout {cfg.dropout:g}, flip {'yes' if cfg.flip else 'no'}, "
+            f"seed {cfg.seed}"
         )
         say(f"settings: {why}")
         say(f"a step: {cost}")
-        left = self.steps - run.step
-        say(
-            f"{cfg.epochs} epochs, {self.steps:,} steps"
-            + (f", from step {run.step:,}" if run.step else "")
-            + f": about {duration(left * cost.seconds)}"
-            + ("" if run.step else " in all")
-        )
-
-    def epoch(self, step):
-        """Epochs that are complete after so many steps; the last step may go a little beyond them."""
-        return min(self.cfg.epochs, step * self.cfg.batch_size // self.N)
-
-    def ends(self, step, every=1):
-        """Whether this step completes an epoch whose number `every` divides, or the run."""
-        return self.epoch(step) // every > self.epoch(step - 1) // every or step == self.steps
-
-    def add(self, step, loss, norm):
-        """Takes note of a step: tensors on the device, which nothing waits for here."""
-        self.losses += torch.stack([loss, torch.ones_like(loss)])
-        state = torch.stack([torch.full_like(norm, step), loss, norm])
-        self.bad = torch.where((self.bad[0] == 0) & ~state.isfinite().all(), state, self.bad)
-
-    def due(self, step):
-        """Whether to report now. Several processes decide by the step, since they must agree."""
-        if workers.several():
-            return self.ends(step) or step % 10 == 0
-        soon = self.stops or time.monotonic() - self.reported_at > 5
-        return bool(self.ends(step) or soon or step % 50 == 0)
-
-    def report(self, step, lr, held_out):
-        """Shows and logs the mean loss since the last report; at the end of an epoch, also held_out(), the
-        loss on images held out, or None. Raises Failure if a number is not finite."""
-        stops = torch.tensor([float(len(self.stops))], device=self.losses.device)
-        everyone = workers.total(torch.cat([self.losses, stops])).cpu()
-        self.stopping = bool(everyone[2])
-        if self.stopping and not self.stops:  # another process was asked to stop
-            self.stops.append(signal.SIGTERM)
-        if self.bad[0]:
-            self.refuse_infinite(int(self.bad[0]), *self.bad[1:].tolist())
-        losses, now = everyone[:2], time.monotonic()
-        speed = (step - self.reported) * self.cfg.batch_size / (now - self.reported_at)
-        self.epoch_losses += losses
-        self.losses.zero_()
-        self.reported, self.reported_at = step, now
-        if not workers.is_first():
-            return
-        mean, began, line = (losses[0] / losses[1]).item(), self.epoch_began, {}
-        self.progress(
-            step,
-            f"epoch {min(self.epoch(step) + 1, self.cfg.epochs)} of {self.cfg.epochs}  "
-            f"loss {mean:.4f}",
-        )
-        if self.ends(step):
-            with self.aside():
-                apart = held_out()
-            line = {} if apart is None else {"held_out": apart}
-            self.report_epoch(step, now - began, apart)
-        # The names are those that figures.py plots; a line holds numbers alone, for any reader of JSON lines.
-        self.write(
-            step=step,
-            epoch=min(self.cfg.epochs, step * self.cfg.batch_size / self.N),
-            loss=mean,
-            **line,
-            lr=lr,
-            images_per_s=speed,
-            memory_gb=budget.used(self.losses.device) / 1e9,
-            seconds=now - self.began,
-        )
-
-    def report_epoch(self, step, seconds, held_out):
-        self.progress.close()
-        mean = self.epoch_losses[0] / self.epoch_losses[1]
-        apart = "" if held_out is None else f", held out {held_out:.4f}"
-        say(
-            f"epoch {self.epoch(step)} of {self.cfg.epochs}: loss {mean:.4f}{apart}, {duration(seconds)}"
-        )
-        self.epoch_losses.zero_()
-        self.epoch_began = time.monotonic()
-
-    def write(self, **line):
-        """Appends a JSON line to the log. A log that cannot be written any more does not end the run."""
-        if self.log:
-            try:
-                with open(self.log, "a") as file:
-                    print(json.dumps(line), file=file)
-            except OSError as error:
-                note(f"note: --log {self.log}: {error.strerror}; the run goes on without it")
-                self.log = None
-
-    def refuse_infinite(self, step, *numbers):
-        """Raises Failure if one of loss, gradient, weights and average, in this order, is not finite."""
-        for what, number in zip(
-            ("loss", "gradient", "weights", "moving average"), numbers, strict=False
-        ):
-            if not math.isfinite(number):
-                raise Failure(
-                    f"step {step}: the {what}: {number}; a lower --lr or a longer --warmup may "
-                    f"help. It is not saved; --resume goes on from {self.cfg.out}, if there is one"
-                )
-
-    def listen(self):
-        """From now on, Ctrl-C and the other signals that end a command ask it to stop after the step."""
-        command.on_ending_signals(self.stop)
+        since = f", from step {self.run.step:,}" if self.run.step else ""
+        left = duration((self.steps - self.run.step) * cost.seconds)
+        say(f"{cfg.epochs} epochs, {self.steps:,} steps{since}: about {left}")
 
     def stop(self, number, frame):
-        """The signal handler: it answers at once. A second Ctrl-C ends the run, without a checkpoint."""
-        self.stops.append(number)
-        if workers.is_first() and len(self.stops) == 1:
-            again = (
-                "; Ctrl-C again to stop now, without a checkpoint"
-                if number == signal.SIGINT
-                else ""
-            )
+        """Handle a signal: answer at once. A second Ctrl-C ends the run without a checkpoint."""
+        self.signals.append(number)
+        if number == signal.SIGINT and len(self.signals) > 1:
+            command.on_ending_signals(command.interrupt)
+            command.interrupt(number, frame)
+        if workers.is_first() and len(self.signals) == 1:
+            text = b"\nstopping after this step; Ctrl-C again to stop now, without a checkpoint\n"
             with contextlib.suppress(OSError):  # not print, which the signal may have interrupted
-                os.write(2, f"\nstopping after this step{again}\n".encode())
-        if number == signal.SIGINT and len(self.stops) > 1:
-            interrupt = command.interrupter()
-            command.on_ending_signals(interrupt)
-            interrupt(number, frame)
+                os.write(2, text)
+
+    def epochs(self, step):
+        """Return the number of epochs after a step. The last step may go a little beyond them."""
+        return min(self.cfg.epochs, step * self.cfg.batch_size / self.run.about["images"])
+
+    def ends(self, every=1):
+        """Return whether the last step completed an epoch whose number `every` divides, or the run."""
+        step = self.run.step
+        return self.epochs(step) // every > self.epochs(step - 1) // every or step == self.steps
+
+    def due(self):
+        """Return whether to report now. Several processes decide by the step, since they must agree."""
+        step = self.run.step
+        if workers.several():
+            return self.ends() or step % 10 == 0
+        waited = time.monotonic() - self.reported_at > 5
+        return self.ends() or step % 50 == 0 or waited or bool(self.signals)
+
+    def report(self, lr, held_out_loss):
+        """Show and log the mean loss since the last report; at the end of an epoch, also held_out_loss().
+
+        Raises Failure if the loss is not finite.
+        """
+        count = len(self.losses)
+        loss = torch.stack(self.losses).mean()
+        numbers = torch.stack([loss, torch.full_like(loss, len(self.signals))])
+        loss, signals = workers.total(numbers).cpu().tolist()  # the only wait for the device
+        loss /= workers.place()[1]
+        self.stopping = signals > 0
+        check_finite(self.cfg, self.run.step, loss, "loss")
+        self.losses.clear()
+        self.epoch_losses += [loss] * count
+        if not workers.is_first():
+            return
+        now = time.monotonic()
+        step = self.run.step
+        total = self.cfg.epochs
+        epochs = self.epochs(step)
+        line = dict(step=step, epoch=epochs, loss=loss)
+        self.progress(step, f"epoch {min(int(epochs) + 1, total)} of {total}  loss {loss:.4f}")
+        if self.ends():
+            self.progress.close()
+            text = f"epoch {int(epochs)} of {total}: loss {np.mean(self.epoch_losses):.4f}"
+            held_out = held_out_loss()
+            if held_out is not None:
+                line.update(held_out=held_out)
+                text += f", held out {held_out:.4f}"
+            say(f"{text}, {duration(now - self.epoch_began)}")
+        if self.cfg.log:
+            line.update(lr=lr, images_per_s=count * self.cfg.batch_size / (now - self.reported_at))
+            line.update(memory_gb=budget.used(self.device) / 1e9, seconds=now - self.began)
+            with open(self.cfg.log, "a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def restart_clocks(self):
+        """Exclude the time since the report, of saving and sampling, from speed and epochs."""
+        self.reported_at = time.monotonic()
+        if self.ends():
+            self.epoch_began = self.reported_at
+            self.epoch_losses.clear()
 
 
-def end_last_line(path):
-    """Makes the log end with a whole line: a run that was killed may have left half of one."""
-    with open(path, "a+b") as file:
-        file.seek(max(0, os.path.getsize(path) - 10_000))
-        *_, last = file.read().split(b"\n")
-        if last:
-            file.truncate(os.path.getsize(path) - len(last))
+def check_finite(cfg, step, number, name):
+    """Raise Failure if a number, the loss or a sum of weights, is not finite."""
+    if not math.isfinite(number):
+        raise Failure(
+            f"step {step}: the {name} is {float(number)}; try a lower --lr or a longer --warmup. "
+            f"This step is not saved; --resume continues from {cfg.out}, if it exists"
+        )
 
 
-def refuse_log(path, others):
-    """Raises an error if `path` cannot be written, is one of the files `others`, or exists and is no log."""
-    writable(path)
-    if os.path.realpath(path) in map(os.path.realpath, others):
-        raise UsageError(f"--log {path}: is the checkpoint; name another file")
-    if os.path.isfile(path) and os.path.getsize(path):
-        with open(path, "rb") as file:
-            first = file.readline(10_000)
-        try:
-            known = {"step", "loss"} <= set(json.loads(first))
-        except (ValueError, TypeError, RecursionError):
-            known = False
-        if not known:
+def open_log(path):
+    """Make sure that the log can be written, and that its last line ends.
+
+    Raises Failure if `path` exists and is not a log of train.py.
+    """
+    writable(path, "--log")
+    if not os.path.exists(path) or not os.path.getsize(path):
+        return
+    with open(path, "r+b") as file:
+        first = file.readline(10_000)
+        if not (first.startswith(b'{"step"') and b'"loss"' in first):
             raise Failure(f"--log {path}: exists, and is not a log of train.py; name another file")
+        file.seek(-1, os.SEEK_END)
+        if file.read() != b"\n":  # a killed run wrote half a line, or somebody edited the file
+            file.write(b"\n")
+
+
+# --- Looks at the network, which take little time beside training --------------------------------
+
+
+@torch.no_grad()
+def held_out_loss(cfg, run, d, held_out, device):
+    """Return the simple loss of the average weights on held-out images, or None without such images.
+
+    Timesteps and noise are the same each time. It computes on an eighth as many images as an epoch.
+    """
+    if not len(held_out.images):
+        return None
+    count = min(512, max(16, run.about["images"] // 8))
+    total = 0.0
+    for x0, y, t, eps in batches.fixed_batches(held_out, d.T, count, cfg.micro_batch, device):
+        model = run.ema if y is None else lambda xt, t, y=y: run.ema(xt, t, y)
+        if checkpoint.learned(run.about):
+            model = improved.eps_only(model)
+        with devices.autocast(device, cfg.precision):
+            total = total + ddpm.loss_simple(model, d, x0, t, eps) * len(x0)
+    return (total / count).item()
+
+
+def write_grid(cfg, run, d, epoch, device):
+    """Write a grid of samples beside the checkpoint, in the time of a few training steps."""
+    # Noise at every step (eta 1, or a learned variance) corrects the errors of a young network,
+    # where eta 0 leaves specks. A training step costs three passes over its batch, and a grid
+    # four steps.
+    classes = run.about["classes"]
+    n = max(16, min(40, 4 * len(classes)))
+    y, rows = sampling.class_labels(classes[:20], n=n)
+    how = dict(variance="learned") if checkpoint.learned(run.about) else dict(eta=1.0)
+    how.update(steps=min(d.T, 50, max(8, 12 * cfg.batch_size // n)))
+    how.update(clip=run.about["process"]["clip"])
+    images = []
+    for first in range(0, n, cfg.micro_batch):
+        seeds = range(n)[first : first + cfg.micro_batch]
+        labels = y[first : first + cfg.micro_batch] if classes else None
+        with devices.autocast(device, cfg.precision):
+            x0 = sampling.sample(run.ema, d, run.about["shape"], seeds, labels, **how)
+        images.append(pictures.to_uint8(x0))
+    with replacing(grid_name(run.out, epoch)) as file:
+        pictures.grid(np.concatenate(images), rows).save(file, "PNG")

@@ -1,7 +1,9 @@
-"""Images from a network, one for each seed, by the sampler that is asked for.
+"""Sample images from a network, one for each seed, with the requested sampler.
 
-train.py draws its grids with it, sample.py its pictures.
+sample.py draws its pictures with it, train.py its grids, and figures.py its rows.
 """
+
+import unicodedata
 
 import numpy as np
 import torch
@@ -9,6 +11,25 @@ import torch
 import ddpm
 import improved
 from support.errors import UsageError
+
+
+def image_seeds(seed, images):
+    """Return the generator seeds of these image numbers under --seed. Different seeds share no images."""
+    return [(i + 2654435769 * seed) % 2**32 for i in images]
+
+
+def image_noise(seeds):
+    """Return a function noise(x) for ddpm.py's samplers, with one generator for each image of x.
+
+    So the noise of an image does not depend on its batch, and on the CPU or a GPU it is the same.
+    """
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def noise(x):
+        z = [torch.randn(x.shape[1:], generator=one, dtype=x.dtype) for one in generators]
+        return torch.stack(z).to(x.device)
+
+    return noise
 
 
 def sample(
@@ -22,59 +43,69 @@ def sample(
     variance="beta",
     guidance=0.0,
     clip=True,
-    grid="even",
+    spacing="even",
     on_step=None,
 ):
-    """x0 (N, C, H, W) in [-1, 1], on the network's device: one image of `shape` for each of N seeds.
+    """Sample an image of `shape` (C, H, W) for each of N seeds: (N, C, H, W) in [-1, 1], on the net's device.
 
-    steps: how many of the T, by one of GRIDS; all of them by default. eta: DDIM, with this much noise;
-    None: Algorithm 2 with `variance`, which is "beta", "beta_tilde" or "learned". labels: N classes, guided
-    by w = `guidance`. clip: x0 to [-1, 1], at every step. on_step(s, xs) is called after every step. A seed
-    gives one image at any batch size.
+    steps: the number of timesteps, all T by default, chosen by SPACINGS[spacing]. eta: use DDIM with this
+    much noise; with None, use Algorithm 2 with `variance` ("beta", "beta_tilde" or "learned"). labels (N,)
+    are guided with w = guidance. on_step(s, xs) is called after every step.
     """
-    device, model = next(net.parameters()).device, net
+    device = next(net.parameters()).device
+    model = net
     if labels is not None:
-        y = torch.as_tensor(np.asarray(labels), device=device).long()
+        y = torch.as_tensor(labels, dtype=torch.int64, device=device)
         model = improved.guided(net, y, net.num_classes, guidance)
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    xT = ddpm.noise_like(torch.empty(len(seeds), *shape, device=device), generators)
-    chosen = GRIDS[grid](d.T, steps or d.T)
-    how = dict(clip=clip, generator=generators, on_step=on_step)
-    if (
-        eta is None and len(chosen) < d.T
-    ):  # a diffusion of those steps alone, with variances of its own
-        model, d = improved.strided(model, d, chosen)
+    noise = image_noise(seeds)
+    xT = noise(torch.empty(len(seeds), *shape, device=device))
+    timesteps = SPACINGS[spacing](d.T, steps or d.T)
+    how = dict(clip=clip, noise=noise, on_step=on_step)
+    if eta is None and len(timesteps) < d.T:
+        model, d = improved.respaced(model, d, timesteps)
     if eta is None and variance == "learned":
         return improved.sample_ancestral(model, d, xT, **how)
     if net.conv_out.out_channels > shape[0]:
         model = improved.eps_only(model)
     if eta is None:
         return ddpm.sample_ancestral(model, d, xT, getattr(d, variance), **how)
-    return ddpm.sample_ddim(model, d, xT, chosen, eta, **how)
+    return ddpm.sample_ddim(model, d, xT, timesteps, eta=eta, **how)
 
 
-def quadratic_grid(T, n):
-    """n of the steps 1..T, dense near 1: T (i/n)^2, rounded up, or i if that is less. DDIM's paper chooses
-    its steps so for CIFAR-10 (sec. D.2); T is the last one here, and 0.8 T in its authors' code."""
+def quadratic_timesteps(T, n):
+    """Return n of the timesteps 1..T, dense near 1: T (i/n)^2 rounded up, or i if that is less.
+
+    DDIM's paper uses this spacing for CIFAR-10 (sec. D.2). It ends at T, in its authors' code at 0.8 T.
+    """
     return [max(i, -(-T * i * i // n**2)) for i in range(1, n + 1)]
 
 
-GRIDS = {"even": ddpm.ddim_grid, "quadratic": quadratic_grid}
+SPACINGS = {"even": ddpm.ddim_timesteps, "quadratic": quadratic_timesteps}
 
 
-def class_labels(classes, label=None, n=None):
-    """The labels (n,) of the images to draw, and the rows of their grid, one for each class.
+def class_labels(classes, names=None, n=None):
+    """Return the labels int64 (n,) of the images to sample, and the number of rows of their grid.
 
-    label: a name of `classes`, several with commas, or "all", the default; they take turns. n: 64 by
-    default, or up to 8 of each class. Raises UsageError for a name that is no class.
+    names: values of --label, each the name of a class, several with commas, or "all" (the default). The
+    classes take turns, so a grid has a row for each. n: by default 64, or up to 8 images of each class.
+    Raises UsageError for an unknown name.
     """
-    chosen = list(classes) if label in (None, "all") else [label]
-    if label is not None and not (classes and set(chosen) <= set(classes)):
-        chosen = [name.strip() for name in label.split(",")]
+    # macOS and Linux write the same accented name with different characters.
+    known = [unicodedata.normalize("NFC", name) for name in classes]
+    chosen = []
+    for text in ["all"] if names is None else names:
+        text = unicodedata.normalize("NFC", text)
+        if text in known:  # an exact name first: it may be "all", or contain a comma
+            chosen.append(text)
+        else:
+            chosen += known if text == "all" else text.split(",")
     for name in chosen:
-        if name not in classes:
-            known = f"its classes are {', '.join(classes)}" if classes else "it knows no classes"
-            raise UsageError(f"--label {name}: not a class of this checkpoint; {known}")
-    numbers, K = [classes.index(name) for name in chosen] or [0], max(1, len(chosen))
-    n = n or (64 if K == 1 else K * max(1, min(8, 128 // K)))
-    return np.resize(numbers, n), round(n**0.5) if K == 1 else min(n, K)
+        if name.strip() not in known:
+            raise UsageError(
+                f"--label {name}: not a class of this network (classes: {', '.join(known) or 'none'})"
+            )
+    numbers = [known.index(name.strip()) for name in chosen]
+    K = max(1, len(numbers))
+    if n is None:
+        n = 64 if K == 1 else K * max(1, min(8, 128 // K))
+    return np.resize(numbers or [0], n), round(n**0.5) if K == 1 else min(n, K)

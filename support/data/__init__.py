@@ -1,164 +1,139 @@
-"""Each kind of data as uint8 images, labels and names of classes. load() is the way in."""
+"""Each data set as uint8 images, labels and class names: digits, CIFAR-10 or a folder of images.
+
+load() returns the training images and the held-out images. held_out() returns images on which a
+checkpoint can be evaluated, and states what is known about them.
+"""
 
 import os
 import zlib
-from typing import NamedTuple
 
+import numpy as np
 import torch
 
-from support.command import flag_name
+from support import workers
 from support.data import cifar10, folder, glyphs
+from support.data.split import SPLIT, Data, divide, split_of, take, with_classes
 from support.errors import Failure, UsageError
 from support.progress import note
 
 
-class Data(NamedTuple):
-    """images uint8 (N, C, H, W); labels int64 (N,), numbers of `classes`, or None where there are none."""
-
-    images: torch.Tensor
-    labels: torch.Tensor | None
-    classes: list[str]
-
-
 def is_folder(name):
-    """Whether --data names a folder of images, and not data that is built in or known."""
+    """Return whether --data names a folder of images, not one of the two known data sets."""
     return name not in ("glyphs", "cifar10")
 
 
-def refuse_for_no_folder(name, **given):
-    """Raises UsageError for the first of these flags that was given, if --data names no folder."""
-    for flag, value in given.items():
-        if value and not is_folder(name):
-            raise UsageError(f"{flag_name(flag)}: only a folder of images takes it, and not {name}")
-
-
 def load(
-    name,
-    part,
-    data_dir="data",
-    size=None,
-    channels=None,
-    skip_broken=False,
-    labels=False,
-    limit=None,
+    name, data_dir, size=None, channels=3, skip_broken=False, labels=False, limit=None, split=SPLIT
 ):
-    """The images of a part of some data: "training" or "held out"; or "all", those of another folder; of
-    glyphs and CIFAR-10, what is held out.
+    """Return the training Data and the held-out Data of `name`: "glyphs", "cifar10" or a folder.
 
-    name: "glyphs", "cifar10" or a folder, whose images are cropped to `size` (H, W). labels: give classes
-    too; glyphs always do. limit: a seeded choice of so many images.
+    A folder's images are cropped to `size` (H, W). labels: learn classes; digits always have them.
+    limit: a seeded choice of this many training images. split: a rule of support/data/split.py.
     """
-    train = part == "training"
-    if name == "glyphs":  # each is drawn by chance, so that the first few are a choice
-        n = 6_000 if train else 2_000
-        images, numbers = glyphs.draw(min(n, limit or n), seed=0 if train else 1)
-        return Data(
-            torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(),
-            torch.from_numpy(numbers).long(),
-            list(glyphs.GLYPHS),
-        )
-    if name == "cifar10":
-        images, numbers = cifar10.load(data_dir, train)
-        if limit:
-            few = folder.chosen(len(images), "all", limit)
-            images, numbers = images[few], numbers[few]
-        classes = cifar10.CLASSES
+    if not is_folder(name) and os.path.isdir(name) and workers.is_first():
+        note(f"--data {name} is the known data set; write --data ./{name} for your folder {name}")
+    if name == "glyphs":
+        training, held = digits(6000, limit, seed=0), digits(512, None, seed=1)
+    elif name == "cifar10":
+        whole, test = (cifar10_part(data_dir, labels, train) for train in (True, False))
+        numbers = np.arange(len(whole.images))
+        training, _ = divide(whole, numbers, limit, split, hold_out=False)
+        held = take(test, 512)
     else:
-        images, files = folder.load(
-            name, size, channels, data_dir, skip_broken, labels, part, limit
-        )
-        numbers, classes = folder.labels_of(name, files) if labels else (None, [])
-    images = torch.from_numpy(images)
-    return (
-        Data(images, torch.from_numpy(numbers).long(), classes)
-        if labels
-        else Data(images, None, [])
-    )
+        whole = folder.load(name, data_dir, size, channels, skip_broken, labels)
+        training, held = divide(*whole, limit, split)
+    if training.labels is not None and workers.is_first():
+        missing = set(range(len(training.classes))) - set(training.labels.tolist())
+        if missing:
+            names = ", ".join(training.classes[k] for k in sorted(missing))
+            note(f"warning: there is no training image of {names}")
+    return training, held
 
 
-def load_both(cfg, size):
-    """Of the settings of train.py: the Data to train on, and the Data held out from it, perhaps none."""
-    how = (cfg.data_dir, size, cfg.channels, cfg.skip_broken, cfg.labels)
-    train_set = load(cfg.data, "training", *how, cfg.limit)
-    return train_set, known_only(load(cfg.data, "held out", *how, limit=512), train_set.classes)
+def load_all(name, data_dir, size, channels=3, skip_broken=False, labels=False, limit=None):
+    """Return all images of a folder, 2,000 held-out digits, or CIFAR-10's test images.
+
+    limit: a seeded choice of this many images.
+    """
+    if name == "glyphs":
+        return digits(2000, limit, seed=1)
+    if name == "cifar10":
+        return take(cifar10_part(data_dir, labels, train=False), limit)
+    whole, _ = folder.load(name, data_dir, size, channels, skip_broken, labels)
+    return take(whole, limit)
 
 
-def known_only(data, classes):
-    """The images of these classes, with labels that are numbers of them."""
-    images, labels, names = data
-    if labels is None:
-        return Data(images, None, classes)
-    numbers = torch.tensor([classes.index(name) if name in classes else -1 for name in names])
-    labels = numbers[labels]
-    if (labels < 0).any():
-        images, labels = images[labels >= 0], labels[labels >= 0]
-    return Data(images, labels, classes)
+def digits(n, limit, seed):
+    images, labels = glyphs.draw(min(n, limit or n), seed)
+    images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+    return Data(images, torch.from_numpy(labels).long(), list(glyphs.GLYPHS))
+
+
+def cifar10_part(data_dir, labels, train):
+    """Return CIFAR-10's training images or its test images."""
+    images, numbers = (torch.from_numpy(array) for array in cifar10.load(data_dir, train))
+    return Data(images, numbers.long(), cifar10.CLASSES) if labels else Data(images, None, [])
+
+
+# --- Evaluation ----------------------------------------------------------------------------------
 
 
 def held_out(ckpt, name=None, data_dir="data", skip_broken=False, limit=None):
-    """Data held out from a checkpoint's, or that called `name`, as its network takes it; and whether it was
-    held out: a folder that was too small was trained on whole.
+    """Return images for evaluating a checkpoint as Data, and a description of them.
 
-    Its labels are the network's numbers of its classes, or None if it knows none. limit: a seeded choice of
-    so many. Raises Failure for a class that the network does not know, for a folder that has changed since
-    the run began, and where nothing is left; UsageError for another shape.
+    name: by default the checkpoint's own data, of which the held-out images are used, if there are any.
+    Labels number the checkpoint's classes. Raises UsageError for images of another shape, and Failure
+    for an unknown class or if the checkpoint's own folder has changed.
     """
-    own, (C, H, W) = (
-        ckpt.get("config", {}).get("data"),
-        ckpt["shape"],
-    )  # converted weights have no data
+    config = ckpt.get("config", {})  # converted weights have none
+    own = config.get("data")
     name = name or own
     if not name:
-        raise UsageError("--data: this checkpoint does not say what it was trained on; name images")
-    refuse_for_no_folder(name, skip_broken=skip_broken)
-    how = dict(
-        data_dir=data_dir,
-        size=(H, W),
-        channels=C,
-        labels=bool(ckpt["classes"]),
-        skip_broken=skip_broken or ckpt.get("config", {}).get("skip_broken") is True,
-    )
-    ours = is_folder(name) and trained_on(ckpt, name, how)
-    apart = not ours or ckpt.get("held_out", 0) > 0
-    found = load(name, "held out" if ours and apart else "all", limit=limit, **how)
-    if not len(found.images):
-        raise Failure(f"--data {name}: holds no image that can be used")
-    if tuple(found.images.shape[1:]) != (C, H, W):
+        raise UsageError("--data: this checkpoint does not contain its training data; name images")
+    if skip_broken and not is_folder(name):
+        raise UsageError(f"--skip-broken: has no effect with --data {name}")
+    C, H, W = ckpt["shape"]
+    skip_broken = skip_broken or config.get("skip_broken", False)
+    how = (data_dir, (H, W), C, skip_broken, bool(ckpt["classes"]))
+    if is_folder(name):
+        data, description = from_folder(ckpt, name, how)
+    else:
+        data = load_all(name, *how, limit)
+        description = f"held-out images of {name}" if name == own else f"images of {name}"
+    shape = tuple(data.images.shape[1:])
+    if shape != (C, H, W):
         raise UsageError(
-            f"--data {name}: images of {tuple(found.images.shape[1:])}, but a network for "
-            f"{(C, H, W)}"
+            f"--data {name}: its images are {shape}, but the network's are {(C, H, W)}"
         )
-    if not ckpt["classes"]:  # glyphs always bring labels; this network was trained without
-        return Data(found.images, None, []), apart
-    if (unknown := sorted(set(found.classes) - set(ckpt["classes"]))) and not ours:
-        raise Failure(f"--data {name}: the network knows no class {unknown[0]}, but those of {own}")
-    return known_only(found, ckpt["classes"]), apart
+    if not ckpt["classes"]:  # digits always have labels
+        return take(Data(data.images, None, []), limit), description
+    unknown = set(data.classes) - set(ckpt["classes"])
+    if unknown:
+        raise Failure(f"--data {name}: the network does not know the class {min(unknown)}")
+    return take(with_classes(data, ckpt["classes"]), limit), description
 
 
-def trained_on(ckpt, name, how):
-    """Whether the folder `name` holds what the checkpoint was trained on, wherever that lay then. Raises
-    Failure if it is the run's own and has changed: what was held out is no longer known then."""
+def from_folder(ckpt, name, how):
+    """Return the held-out images if this is the training folder, or else all images; and a description."""
+    whole = folder.load(name, *how)
     config = ckpt.get("config", {})
-    if not is_folder(config.get("data", "glyphs")):
-        return False
-    own = os.path.abspath(name) == config["data"]
-    if name == config["data"]:  # a path out of a file is shown before it is read
-        note(f"images of {name}, which the checkpoint names")
-    part, limit = "training" if ckpt.get("held_out", 0) else "all", config.get("limit")
-    most = len(folder.chosen(len(folder.listed(name)), part, limit))
-    possible = ckpt["images"] <= most if how["skip_broken"] else ckpt["images"] == most
-    same = possible and fingerprint(load(name, part, limit=limit, **how)) == ckpt["fingerprint"]
-    if own and not same:
+    training, held = divide(*whole, config.get("limit"), split_of(ckpt))
+    if fingerprint(training) == ckpt.get("fingerprint"):
+        if len(held.images):
+            return held, f"held-out images of {name}"
+        return training, "images it was trained on"
+    if os.path.abspath(name) == config.get("data"):
         raise Failure(
-            f"--data {name}: not the images with which this run began, so that nobody knows which "
-            f"it held out; name others"
+            f"--data {name}: the folder has changed since training, so its held-out images are "
+            f"unknown; pass other images with --data"
         )
-    return same
+    return whole[0], f"images of {name}"
 
 
 def fingerprint(data):
-    """A checksum of ten thousand images at most, evenly chosen, and of their labels."""
-    few, crc = slice(None, None, -(-len(data.images) // 10_000)), 0
-    for image in data.images[few]:  # one at a time: all of them may be more than the memory
-        crc = zlib.crc32(image.numpy().tobytes(), crc)
-    return zlib.crc32(b"" if data.labels is None else data.labels[few].numpy().tobytes(), crc)
+    """Return a checksum of at most 10,000 images, evenly chosen, and of their labels."""
+    few = range(0, len(data.images), -(-len(data.images) // 10_000))
+    crc = 0
+    for i in few:  # one at a time: all may need more memory than there is
+        crc = zlib.crc32(data.images[i].numpy().tobytes(), crc)
+    return crc if data.labels is None else zlib.crc32(data.labels[few].numpy().tobytes(), crc)

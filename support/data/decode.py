@@ -2,7 +2,6 @@
 
 import concurrent.futures
 import contextlib
-import errno
 import importlib
 import io
 import warnings
@@ -10,147 +9,138 @@ import warnings
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
-from support.errors import Failure, printable
-from support.progress import Progress, note
+from support.errors import Failure
+from support.progress import Progress
 
-TOGETHER = 1024  # decoded images that wait in memory, at most
+# The flags of a file. A file without flags is not an image.
+IMAGE = 1
+ENLARGED = 2  # it is smaller than the size of the network's images
+BRIGHT = 4  # a pixel is at least 64 of 255
+TOGETHER = 1024  # the number of decoded images that may wait in memory
 
 with contextlib.suppress(ImportError):
     importlib.import_module("pillow_heif").register_heif_opener()
 with contextlib.suppress(ImportError):
     importlib.import_module("pillow_jxl")
 Image.init()
-FORMATS = sorted(set(Image.OPEN) - {"EPS", "WMF"})  # those two would be drawn by other programs
+FORMATS = sorted(set(Image.OPEN) - {"EPS", "WMF"})  # Pillow starts other programs for these two
 
 
-def decode_all(files, size, channels, out, skip_broken, none=False):
-    """Writes to `out` the pixels of every image in order, then int32 numbers of the files that are whole.
+class Unreadable(Exception):
+    """A file is not an image that can be used. The text gives the reason."""
 
-    Raises Failure at the first file that is no image, or, with skip_broken, if none is one, unless `none` is
-    allowed.
+
+def decode_all(paths, size, channels, out, skip_broken):
+    """Write the pixels of all images to the open file `out`, and return the flags of all files.
+
+    Raises Failure at the first file that is not an image, unless skip_broken.
     """
-    progress, whole, broken = Progress("reading images", len(files), "images"), [], []
-    warnings.filterwarnings("ignore", module="PIL")  # what cannot be read is named below
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        for first in range(0, len(files), TOGETHER):
-            some = files[first : first + TOGETHER]
-            for i, pixels in enumerate(pool.map(lambda path: decode(path, size, channels), some)):
-                if isinstance(pixels, str):
-                    broken.append(some[i])
-                    if not skip_broken:
-                        pool.shutdown(wait=False, cancel_futures=True)
-                        raise Failure(
-                            f"{some[i]}: {pixels}; remove it, or leave such files out with "
-                            f"--skip-broken"
-                        )
-                else:
-                    out.write(pixels)
-                    whole.append(first + i)
-                progress(first + i + 1)
-    progress.close()
-    out.write(np.array(whole, np.int32).tobytes())
-    if len(broken) == len(files) and not none:
-        raise Failure(f"{files[0].parent}: none of its {len(files)} files is an image")
-    if broken:
-        note(
-            f"left out {len(broken)} of {len(files)} files that are no images, such as "
-            f"{printable(broken[0])}"
-        )
+
+    def attempt(path):
+        try:
+            return decode(path, size, channels)
+        except Unreadable as error:
+            if skip_broken:
+                return b"", 0
+            raise Failure(
+                f"{path}: cannot be read as an image ({error}); remove it, or skip such files with "
+                f"--skip-broken"
+            ) from None
+
+    warnings.filterwarnings("ignore", module="PIL")
+    progress = Progress("reading images", len(paths), "images")
+    flags = bytearray()
+    with contextlib.closing(progress), concurrent.futures.ThreadPoolExecutor() as pool:
+        for first in range(0, len(paths), TOGETHER):
+            for pixels, flag in pool.map(attempt, paths[first : first + TOGETHER]):
+                out.write(pixels)
+                flags.append(flag)
+                progress(len(flags))
+    return np.frombuffer(flags, np.uint8)
 
 
 def decode(path, size, channels):
-    """The image as bytes (C, H, W); or, as text, why it cannot be read.
+    """Return the pixels of a file, as bytes (C, H, W), and its flags.
 
-    Only what the decoder says of the bytes makes an image broken. A file that the machine cannot open or
-    read raises OSError with its name, and one for which the memory is too small raises Failure.
+    Raises Unreadable if the file is not an image, and OSError if the machine fails to read it.
     """
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        return "cannot be read as an image (it is a link to nothing)"
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            return "cannot be read as an image (it is a link to itself)"
-        raise OSError(error.errno, error.strerror, str(path)) from None
-    except MemoryError:
-        raise Failure(f"{path}: the memory is too small to read it") from None
+    image = opened(path.read_bytes(), size)
+    flags = IMAGE
+    if image.height < size[0] or image.width < size[1]:
+        flags |= ENLARGED
+    pixels = crop(in_srgb(eight_bits(image)), size, channels)
+    if pixels.max() >= 64:
+        flags |= BRIGHT
+    return pixels.tobytes(), flags
+
+
+def opened(data, size):
+    """Return a decoded image, turned upright."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            image.draft(
-                "RGB", (2 * max(size), 2 * max(size))
-            )  # lets JPEG skip detail that the size drops
-            image = in_srgb(eight_bits(ImageOps.exif_transpose(image), image.format))
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = image.convert("L" if channels == 1 else "RGB")
-            image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.LANCZOS)
+            image.draft("RGB", (2 * max(size), 2 * max(size)))  # JPEG can skip unneeded detail
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+            return image
     except UnidentifiedImageError:
-        return f"cannot be read as an image ({unknown(data)})"
+        raise Unreadable(
+            "unknown format; HEIC needs the package pillow-heif, and JPEG XL pillow-jxl-plugin"
+        ) from None
     except MemoryError:
-        raise Failure(f"{path}: the memory is too small to decode it") from None
-    except Exception as error:  # a decoder given a damaged file raises what it likes
-        return f"cannot be read as an image ({error or type(error).__name__})"
-    return np.asarray(image).reshape(*size, channels).transpose(2, 0, 1).tobytes()
+        raise
+    except Exception as error:  # Pillow's decoders raise any type of error for a damaged file
+        raise Unreadable(str(error) or type(error).__name__) from None
 
 
-def unknown(data):
-    """What to say of bytes whose format Pillow does not know."""
-    if data[4:8] == b"ftyp" and data[8:12] in (
-        b"heic",
-        b"heix",
-        b"hevc",
-        b"heim",
-        b"heis",
-        b"mif1",
-        b"msf1",
-    ):
-        return "HEIC is read once the package pillow-heif is installed"
-    if data.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL ")):
-        return "JPEG XL is read once the package pillow-jxl-plugin is installed"
-    if data.startswith((b"%!PS", b"\xc5\xd0\xd3\xc6")):
-        return "PostScript is a program, and is not run"
-    return "its format is not known"
+def eight_bits(image):
+    """Return an image of 16-bit integers or floats with 8 bits, and others unchanged.
 
-
-def eight_bits(image, format):
-    """An image of 16 bits or of floats as one of 8 bits; others as they are.
-
-    A value means the same in every image: 16 bits go to 65535, floats from 0 to 1. Where the range cannot be
-    known, ValueError says so: 32-bit integers, and floats that are clearly not from 0 to 1.
+    A value means the same in every image: integers go from 0 to 65535, floats from 0 to 1. Images with
+    an unknown range are rejected: 32-bit integers, and floats that are clearly outside 0 to 1.
     """
     if not image.mode.startswith(("I", "F")):
         return image
     values = np.asarray(image, np.float64)
-    if not np.isfinite(values).all():
-        raise ValueError("it holds values that are not finite")
-    top = 1 if image.mode.startswith("F") else 65535
-    if image.mode == "I" and format not in ("PNG", "PPM"):  # their 16 bits may come as 32
-        raise ValueError("32-bit integers have no known range; save it with 8 or 16 bits")
-    if top == 1 and (values.min() < -1 or values.max() > 2):  # a filter may overshoot by a little
-        raise ValueError(
-            f"its floats go from {values.min():g} to {values.max():g}, and 0 to 1 is expected; "
-            f"save it with 8 or 16 bits"
+    top = 1 if image.mode == "F" else 65535
+    if image.mode == "I" and image.format not in ("PNG", "PPM"):  # Pillow reads their 16 bits as 32
+        raise Unreadable("32-bit integers have no known range; save it with 8 or 16 bits")
+    # Filters may overshoot a little. A value that is not a number fails here too.
+    if image.mode == "F" and not (values.min() >= -0.1 and values.max() <= 2):
+        raise Unreadable(
+            f"its floats go from {values.min():g} to {values.max():g}, but 0 to 1 is expected; save "
+            f"it with 8 or 16 bits"
         )
     return Image.fromarray((values.clip(0, top) * (255 / top)).round().astype(np.uint8))
 
 
 def in_srgb(image):
-    """The image with the colours that its profile means, in sRGB; as it is, without a profile that fits."""
+    """Return the image with the colours of its profile converted to sRGB, if the profile fits it."""
     profile = image.info.get("icc_profile")
     if not profile:
         return image
     alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        mode = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}[source.profile.xcolor_space]
-        plain = image if image.mode == mode else image.convert(mode)
-        plain = ImageCms.profileToProfile(
-            plain, source, ImageCms.createProfile("sRGB"), outputMode="RGB"
-        )
-    except (ImageCms.PyCMSError, KeyError, OSError, ValueError):
+        space = source.profile.xcolor_space.strip()
+        plain = image.convert({"GRAY": "L"}.get(space, space))
+        srgb = ImageCms.createProfile("sRGB")
+        plain = ImageCms.profileToProfile(plain, source, srgb, outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError):  # the profile is damaged or does not fit
         return image
-    plain.info.pop("icc_profile", None)
     if alpha:
         plain.putalpha(alpha)
     return plain
+
+
+def crop(image, size, channels):
+    """Return the centre of an image, scaled to `size` (H, W), as uint8 (C, H, W)."""
+    H, W = size
+    try:
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image.convert("L" if channels == 1 else "RGB")
+    except ValueError as error:  # Pillow cannot convert all colour spaces
+        raise Unreadable(str(error)) from None
+    image = ImageOps.fit(image, (W, H), Image.Resampling.LANCZOS)
+    return np.asarray(image).reshape(H, W, channels).transpose(2, 0, 1)

@@ -1,4 +1,4 @@
-"""Built-in data: the ten digits, drawn with Pillow's own font. Nothing is downloaded."""
+"""The built-in data set: ten digits, drawn with Pillow's own font."""
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -7,18 +7,21 @@ GLYPHS = "0123456789"
 
 
 def draw(n, seed, side=16):
-    """n digits, each of random place, size, slant and turn; the seed decides all of it.
+    """Draw n digits with random place, size, slant and rotation, all determined by the seed.
 
     Returns images uint8 (n, 16, 16, 1), white on black, and labels uint8 (n,): label k is GLYPHS[k].
     """
-    rng, big = np.random.default_rng(seed), 4 * side  # drawn four times too large, averaged down
+    rng = np.random.default_rng(seed)
+    big = 4 * side  # drawn four times too large, then averaged
     masters = [master(glyph, big) for glyph in GLYPHS]
     labels = rng.integers(len(GLYPHS), size=n, dtype=np.uint8)
-    turn, slant = np.radians(rng.uniform(-12, 12, n)), rng.uniform(-0.1, 0.1, n)
-    scale, shift = rng.uniform(0.85, 1.1, (2, n)), rng.uniform(-4, 4, (2, n))
+    turn = np.radians(rng.uniform(-12, 12, n))
+    slant = rng.uniform(-0.1, 0.1, n)
+    scale = rng.uniform(0.85, 1.1, (2, n))
+    shift = rng.uniform(-4, 4, (2, n))
     cos, sin = np.cos(turn), np.sin(turn)
     a, b, d, e = np.stack([cos, sin + slant, -sin, cos]) / scale[[0, 0, 1, 1]]
-    c, f = big / 2 * (1 - np.array([a + b, d + e])) + shift  # the centre goes to the centre
+    c, f = big / 2 * (1 - np.array([a + b, d + e])) + shift  # the centre stays at the centre
     images = np.empty((n, side, side, 1), np.uint8)
     for i, matrix in enumerate(np.stack([a, b, c, d, e, f], axis=1)):
         turned = masters[labels[i]].transform((big, big), Image.AFFINE, matrix, Image.BILINEAR)
@@ -27,11 +30,11 @@ def draw(n, seed, side=16):
 
 
 def master(glyph, side):
-    """The glyph upright, in the middle of a square image."""
-    image, font = Image.new("L", (side, side)), ImageFont.load_default(size=70)
+    """Return an upright digit in the middle of a square image."""
+    image = Image.new("L", (side, side))
+    font = ImageFont.load_default(size=70)
     pen = ImageDraw.Draw(image)
     left, top, right, bottom = pen.textbbox((0, 0), glyph, font, stroke_width=1)
-    pen.text(
-        ((side - left - right) / 2, (side - top - bottom) / 2), glyph, 255, font, stroke_width=1
-    )
+    corner = ((side - left - right) / 2, (side - top - bottom) / 2)
+    pen.text(corner, glyph, 255, font, stroke_width=1)
     return image

@@ -1,14 +1,16 @@
-"""Judge diffusers, denoising-diffusion-pytorch and improved-diffusion by the specification.
+"""Test other libraries with the specification.
 
-    python -m venv peers
-    peers/bin/pip install -r requirements.txt torchvision diffusers denoising-diffusion-pytorch
+    python -m venv others
+    others/bin/pip install -r requirements.txt torchvision diffusers denoising-diffusion-pytorch
     git clone https://github.com/openai/improved-diffusion && git -C improved-diffusion checkout 1bc7bbb
-    PYTHONPATH=improved-diffusion peers/bin/python tests/adapters/run.py
-    peers/bin/python tests/adapters/run.py diffusers -- -k ddim         one of them, and flags of pytest
+    git clone https://github.com/w86763777/pytorch-ddpm && git -C pytorch-ddpm checkout f804ccb
+    PYTHONPATH=improved-diffusion:pytorch-ddpm others/bin/python tests/adapters/run.py
+    others/bin/python tests/adapters/run.py diffusers -- -k ddim      one library, with flags of pytest
 
-Each twice: in float64, where tables that are float32 break the rule of precision, and then by the tolerances
-of float32. It prints the closing tables (with flags of pytest, all that it says); docs/specification.md
-explains them. Exit status 1 if one could not be judged; what a judged library does not do is no error here.
+Each library is tested twice: in float64, where float32 tables break the rule of precision, and with the tolerances
+of float32. The output is the table at the end of each run, or everything with flags of pytest.
+docs/specification.md explains the results. Exit status 1 if a library could not be tested. Failed tests are not an
+error here.
 """
 
 import pathlib
@@ -16,57 +18,42 @@ import subprocess
 import sys
 
 HERE = pathlib.Path(__file__).resolve().parent
-NAMES = ("diffusers", "denoising_diffusion_pytorch", "improved_diffusion")
+NAMES = ("diffusers", "denoising_diffusion_pytorch", "improved_diffusion", "pytorch_ddpm")
 SECTIONS = (
     "schedules,forward,posterior,parametrisation,loss,ancestral,ddim,bound,network,single_step"
 )
 
 
-def judge(name, precision, flags):
-    """What the specification says of an adapter, and whether it could be judged."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        HERE.parent / "specification",
-        "-q",
-        "--tb=line",
-        "-p",
-        "no:warnings",
-        "--hypothesis-profile=quick",
-        "--ddpm",
-        HERE / f"{name}.py",
-        "--only",
-        SECTIONS,
-        "--precision",
-        precision,
-        *flags,
-    ]
+def run(name, precision, flags):
+    """Test one library. Return the output, and whether the tests could run."""
+    command = [sys.executable, "-m", "pytest", HERE.parent / "specification", "-q", "--tb=line"]
+    command += ["-p", "no:warnings", "--hypothesis-profile=quick", "--ddpm", HERE / f"{name}.py"]
+    command += ["--only", SECTIONS, "--precision", precision, *flags]
     done = subprocess.run(command, text=True, capture_output=True, cwd=HERE.parent.parent)
-    said = done.stdout[done.stdout.find("section  ") if not flags else 0 :]
-    table = [
-        line
-        for line in said.splitlines()
-        if flags or not line.startswith(("FAILED", "rule broken", "=="))
-    ]
-    return "\n".join(table) if done.returncode in (
-        0,
-        1,
-    ) else done.stderr.strip(), done.returncode in (0, 1)
+    if done.returncode not in (0, 1):
+        return done.stderr.strip(), False
+    if flags:
+        return done.stdout, True
+    lines = done.stdout[done.stdout.find("section  ") :].splitlines()
+    table = [line for line in lines if not line.startswith(("FAILED", "broken rule", "=="))]
+    return "\n".join(table), True
 
 
 def main(arguments):
     cut = arguments.index("--") if "--" in arguments else len(arguments)
-    names, flags, all_judged = arguments[:cut] or NAMES, arguments[cut + 1 :], True
-    if unknown := [name for name in names if name not in NAMES]:
-        print(f"no adapter is called {unknown[0]}; there are {', '.join(NAMES)}", file=sys.stderr)
+    names = arguments[:cut] or NAMES
+    flags = arguments[cut + 1 :]
+    unknown = [name for name in names if name not in NAMES]
+    if unknown:
+        print(f"no adapter {unknown[0]}; choose from {', '.join(NAMES)}", file=sys.stderr)
         return 2
+    all_ran = True
     for name in names:
         for precision in ("float64", "float32"):
-            words, judged = judge(name, precision, flags)
-            all_judged &= judged
-            print(f"{name}, {precision}\n{words}\n", flush=True)
-    return int(not all_judged)
+            output, ran = run(name, precision, flags)
+            all_ran = all_ran and ran
+            print(f"{name}, {precision}\n{output}\n", flush=True)
+    return 0 if all_ran else 1
 
 
 if __name__ == "__main__":

@@ -1,18 +1,17 @@
-"""Fixtures of the commands' tests: a command run inside this process, and tiny runs that others share."""
-
-import signal
-import sys
+"""Fixtures of the commands' tests: a command run inside this process, and tiny runs that tests share."""
 
 import pytest
-from running import TINY, run
+import running
+from running import TINY
 
-from support import budget, command
+import train
+from support import budget
 
 COUNTED = {}
 
 
 def counted_once(network, shape, memory=budget.memory):
-    """budget.memory, which says the same of the same network each time: a quarter of a tiny run."""
+    """Return budget.memory of a network, counted once: it takes a quarter of the time of a tiny run."""
     key = repr((network, shape))
     if key not in COUNTED:
         COUNTED[key] = memory(network, shape)
@@ -21,33 +20,24 @@ def counted_once(network, shape, memory=budget.memory):
 
 @pytest.fixture
 def call(monkeypatch, capsys, tmp_path):
-    """Runs a command inside this process, which saves its start: (exit status, output, errors)."""
+    """Run a command in this process, in an empty folder: call(module, *flags) -> (status, out, err)."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(budget, "memory", counted_once)
-    handlers = {s: signal.getsignal(s) for s in signal.valid_signals()}
 
     def call(module, *flags):
-        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, flags)])
         capsys.readouterr()
-        try:
-            command.run(module.main, module.Config, module.__doc__)
-            status = 0
-        except SystemExit as stop:
-            status = stop.code
+        status = running.in_process(module, *flags)
         return status, *capsys.readouterr()
 
-    yield call
-    for number, handler in handlers.items():
-        if signal.getsignal(number) is not handler:
-            signal.signal(number, handler)
+    return call
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """The folder of a tiny run on the glyphs, by the real command, and what it printed."""
+    """Return the folder of a tiny run on the digits, by the real command, and its standard output."""
     folder = tmp_path_factory.mktemp("trained")
     flags = [*TINY[:-2], "--epochs", "4", "--log", "log.jsonl", "--sample-every", "2"]
-    status, out, err = run("train.py", *flags, cwd=folder)
+    status, out, err = running.run("train.py", *flags, cwd=folder)
     assert status == 0, err
     return folder, out
 
@@ -59,8 +49,9 @@ def ckpt(trained):
 
 @pytest.fixture(scope="session")
 def learned(tmp_path_factory):
-    """The checkpoint of a tiny run with learned variances, by the real command."""
-    folder = tmp_path_factory.mktemp("learned")
-    status, _, err = run("train.py", *TINY, "--epochs", 2, "--variance", "learned", cwd=folder)
-    assert status == 0, err
-    return folder / "ckpt.pt"
+    """Return the checkpoint of a tiny run with learned variances."""
+    path = tmp_path_factory.mktemp("learned") / "ckpt.pt"
+    assert (
+        running.in_process(train, *TINY, "--variance=learned", "--epochs=2", f"--out={path}") == 0
+    )
+    return path

@@ -1,7 +1,7 @@
-"""Rewrites of ddpm.py that are equal in mathematics, or a matter of taste, and three that are not.
+"""Rewrites of our files: some are equal in mathematics or a matter of taste, and some are not.
 
-Each is code that stands behind ddpm.py's own and defines some of it anew, with the tests of the
-specification that once rejected it, or that must: a file, a test, and its arguments.
+Each is code that is appended to a file and defines some of it anew, with tests of the specification that once
+rejected it, or that must reject it: test file, test and arguments.
 """
 
 import torch
@@ -14,26 +14,37 @@ def reordered(self, *args, **how):
         self._modules[name] = self._modules.pop(name)
 UNet.__init__ = reordered
 """
-NETWORK = [("test_9_network", "test_appB_network_computes_what_the_numpy_network_computes", how)
+NETWORK = [("test_8_network", "test_appB_network_computes_what_the_numpy_network_computes", how)
            for how in ({}, {"mult": (2, 1, 3), "attention": (1,), "blocks": 2, "groups": 2})]  # fmt: skip
 SOFTMAX = "test_attention_is_softmax_of_qk_over_sqrt_c_times_v_over_the_pixels"
-ATTENTION = [*NETWORK, ("test_9_network", SOFTMAX)]
+ATTENTION = [*NETWORK, ("test_8_network", SOFTMAX, 1.0)]
 RESIDUAL = "test_residual_block_is_norm_silu_conv_twice_around_the_embedding"
-BLOCK = [*NETWORK, ("test_9_network", RESIDUAL, 8, 12),
-         ("test_9_network", "test_dropout_acts_just_before_the_last_convolution_of_a_residual_block"),
-         ("test_9_network", "test_appB_dropout_is_a_tenth_by_default")]  # fmt: skip
+BLOCK = [*NETWORK, ("test_8_network", RESIDUAL, 8, 12, 1.0),
+         ("test_8_network", "test_dropout_acts_just_before_the_last_convolution_of_a_residual_block"),
+         ("test_8_network", "test_appB_dropout_is_a_tenth_by_default")]  # fmt: skip
 BOUND = [
-    ("test_8_bound", test)
-    for test in (
-        "test_eq5_with_exact_eps_sigma2_beta_costs_the_kl_of_the_two_variances",
-        "test_eq5_each_kl_term_compares_the_posterior_with_the_models_step_at_the_same_xt",
-        "test_eq5_every_variance_is_judged_on_the_one_draw_of_each_xt",
-        "test_bound_clips_x0_as_the_sampler_does",
-    )
+    ("test_9_bound", "test_eq5_with_exact_eps_sigma2_beta_costs_the_kl_of_the_two_variances"),
+    ("test_9_bound",
+     "test_eq5_each_kl_term_compares_the_posterior_with_the_models_step_at_the_same_xt"),
+    ("test_9_bound", "test_eq5_every_variance_is_evaluated_at_the_one_sample_of_each_xt"),
+    ("test_contract", "test_memory_does_not_grow_along_a_run", "bound_terms"),
+    ("test_randomness", "test_every_step_has_new_standard_normal_noise", "bound_terms", "given"),
+]  # fmt: skip
+PARAMETRISATION = [
+    ("test_4_parametrisation", "test_eq15_x0_from_eps_inverts_q_sample"),
+    ("test_4_parametrisation", "test_eq4_eps_from_x0_inverts_q_sample"),
+    ("test_4_parametrisation", "test_eq15_x0_from_eps_is_as_accurate_as_float32_allows"),
+]
+NOISE = [
+    ("test_contract", "test_ambient_state_changes_no_formula", "sample_ancestral"),
+    ("test_contract", "test_every_option_has_an_effect_of_its_own", "ddpm.sample_ancestral"),
+    ("test_inputs", "test_images_may_have_any_number_of_dimensions", "sample_ancestral", (3, 2, 5)),
+    ("test_6_ancestral", "test_algorithm2_returns_the_only_image_of_the_data"),
 ]
 
+# By name: the file, the code and the tests that accept it.
 EQUAL = {
-    "queries, keys and values in one convolution": ("""
+    "queries, keys and values in one convolution": ("ddpm", """
 class Attention(nn.Module):
     def __init__(self, c, groups):
         super().__init__()
@@ -45,7 +56,7 @@ class Attention(nn.Module):
         share = torch.softmax(torch.einsum("bci,bcj->bij", q, k) / math.sqrt(x.shape[1]), dim=-1)
         return x + self.proj(torch.einsum("bij,bcj->bci", share, v).reshape(x.shape))
 """, ATTENTION),
-    "queries, keys and values by Linear layers": ("""
+    "queries, keys and values by Linear layers": ("ddpm", """
 class Attention(nn.Module):
     def __init__(self, c, groups):
         super().__init__()
@@ -56,8 +67,8 @@ class Attention(nn.Module):
         h = self.gn(x).flatten(2).mT
         h = F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h))
         return x + self.to_out(h).mT.reshape(x.shape)
-""", [*ATTENTION, ("test_9_network", "test_network_starts_with_xavier_uniform_weights_and_zero_biases")]),
-    "a residual block in other words, its shortcut first": ("""
+""", [*ATTENTION, ("test_8_network", "test_network_starts_with_xavier_uniform_weights_and_zero_biases")]),
+    "a residual block written differently, with its shortcut first": ("ddpm", """
 class ResBlock(nn.Module):
     def __init__(self, c_in, c_out, emb_dim, dropout, groups):
         super().__init__()
@@ -71,7 +82,7 @@ class ResBlock(nn.Module):
         skip = self.skip(x)
         return skip + self.out(self.enter(x) + self.time(emb)[:, :, None, None])
 """, BLOCK),
-    "group norms and dropout by hand": ("""
+    "group norms and dropout by hand": ("ddpm", """
 class Norm(nn.Module):
     def __init__(self, groups, c):
         super().__init__()
@@ -98,10 +109,12 @@ def with_drop(self, c_in, c_out, emb_dim, dropout, groups):
     self.dropout = Drop(dropout)
 ResBlock.__init__ = with_drop
 """, BLOCK),
-    "the network built from its end to its beginning": (REORDERED.format(order="[::-1]"), NETWORK),
-    "the time embedding built last": (REORDERED.format(order="[:1]"), NETWORK),
-    "the middle built first": (REORDERED.format(order="[:3] + list(self._modules)[4:]"), NETWORK),
-    "blocks and attention under other names": ("""
+    "the network built from its end to its beginning": (
+        "ddpm", REORDERED.format(order="[::-1]"), NETWORK),
+    "the time embedding built last": ("ddpm", REORDERED.format(order="[:1]"), NETWORK),
+    "the middle built first": (
+        "ddpm", REORDERED.format(order="[:3] + list(self._modules)[4:]"), NETWORK),
+    "blocks and attention under other names": ("ddpm", """
 ResidualBlock, SelfAttention = ResBlock, Attention
 class Stack(Stack):
     def forward(self, x, emb):
@@ -116,21 +129,31 @@ def without_names(self, *args, **how):
 UNet.__init__ = without_names
 del ResBlock, Attention
 """, NETWORK),
-    "sinusoids in float64": ("""
+    "sinusoids in float64": ("ddpm", """
 def timestep_embedding(t, dim):
     i = torch.arange(dim // 2, device=t.device, dtype=torch.float64)
     angle = t[:, None] * torch.exp(-math.log(10000) / (dim // 2 - 1) * i)
     return torch.cat([angle.sin(), angle.cos()], dim=1)
-""", [("test_9_network", "test_appB_sinusoid_has_sines_then_cosines_with_half_minus_1_in_the_denominator")]),
-    "eq. 15 by the tables sqrt(1 / alpha_bar) and sqrt(1 / alpha_bar - 1)": ("""
+""", [("test_8_network", "test_appB_sinusoid_has_sines_then_cosines_with_half_minus_1_in_the_denominator")]),
+    "a frozen table of sinusoids, registered as a parameter": ("ddpm", """
+construct, embed = UNet.__init__, timestep_embedding
+def with_table(self, *args, **how):
+    construct(self, *args, **how)
+    self.table = nn.Parameter(embed(torch.arange(1000), self.ch), requires_grad=False)
+UNet.__init__ = with_table
+""", [*NETWORK, ("test_contract", "test_arguments_stay_unchanged", "UNet"),
+      ("test_gradients", "test_gradients_of_the_network_are_the_slopes_of_its_outputs", "net"),
+      ("test_8_network", "test_every_parameter_gets_a_gradient")]),
+    "eq. 15 by the tables sqrt(1 / alpha_bar) and sqrt(1 / alpha_bar - 1)": ("ddpm", """
 def reciprocal(self, xt, t, eps):
-    ab = self.alpha_bar
-    return at((1 / ab).sqrt(), t, xt) * xt - at((1 / ab - 1).sqrt(), t, xt) * eps
-Diffusion.x0_from_eps = reciprocal
-""", [("test_4_parametrisation", test) for test in (
-        "test_eq15_x0_from_eps_undoes_q_sample",
-        "test_eq15_x0_from_eps_is_as_accurate_as_float32_allows")]),
-    "eq. 11 as printed where nothing is clipped": ("""
+    a = self.alpha_bar
+    return at((1 / a).sqrt(), t, xt) * xt - at((1 / a - 1).sqrt(), t, xt) * eps
+def reciprocal_eps(self, xt, t, x0):
+    a = self.alpha_bar
+    return (at((1 / a).sqrt(), t, xt) * xt - x0) / at((1 / a - 1).sqrt(), t, xt)
+Diffusion.x0_from_eps, Diffusion.eps_from_x0 = reciprocal, reciprocal_eps
+""", PARAMETRISATION),
+    "eq. 11 as printed where nothing is clipped": ("ddpm", """
 by_x0 = Diffusion.p_mean
 def printed(self, xt, t, eps, clip=True):
     if clip:
@@ -139,75 +162,103 @@ def printed(self, xt, t, eps, clip=True):
     return (xt - at(c, t, xt) * eps) / at(self.alpha.sqrt(), t, xt)
 Diffusion.p_mean = printed
 """, [("test_4_parametrisation", test) for test in (
-        "test_clipping_changes_nothing_while_x0_is_an_image", "test_eq11_p_mean_is_the_printed_formula",
-        "test_eq11_is_eq7_at_the_x0_that_eps_implies")]),
-    "tables that are buffers of a Module": ("""
+        "test_clipping_changes_nothing_while_the_predicted_x0_is_an_image",
+        "test_eq11_p_mean_is_the_printed_formula", "test_eq11_is_eq7_at_the_predicted_x0")]),
+    "tables that are buffers of a module": ("ddpm", """
 Plain = Diffusion
 class Diffusion(nn.Module):
     def __init__(self, beta):
         super().__init__()
         d = Plain(beta)
         self.T = d.T
-        for name in ("beta", "alpha", "alpha_bar", "beta_tilde"):
-            self.register_buffer(name, getattr(d, name))
+        for name, table in vars(d).items():
+            if torch.is_tensor(table):
+                self.register_buffer(name, table)
     q_sample, posterior_mean, x0_from_eps = Plain.q_sample, Plain.posterior_mean, Plain.x0_from_eps
     eps_from_x0, p_mean = Plain.eps_from_x0, Plain.p_mean
-""", [("test_2_forward", "test_tables_live_on_the_cpu_whatever_the_default_device")]),
-    "a KL of logarithms": ("""
+""", [("test_2_forward", "test_tables_and_the_bound_are_on_the_cpu_whatever_the_default_device")]),
+    "a generator argument instead of noise": ("ddpm", """
+with_noise = sample_ancestral
+def sample_ancestral(model, d, xt, sigma2=None, *, start=None, clip=True, generator=None, on_step=None):
+    def noise(x):
+        return torch.randn(x.shape, generator=generator, dtype=x.dtype, device="cpu").to(x.device)
+    return with_noise(model, d, xt, sigma2, start=start, clip=clip, noise=noise, on_step=on_step)
+""", NOISE),
+    "noise from the global generator only": ("ddpm", """
+with_noise = sample_ancestral
+def sample_ancestral(model, d, xt, sigma2=None, *, start=None, clip=True, on_step=None):
+    return with_noise(model, d, xt, sigma2, start=start, clip=clip, on_step=on_step)
+""", NOISE),
+    "names and positions that this project used before": ("ddpm", """
+new_ddim = sample_ddim
+def ddim_grid(T, n):
+    return ddim_timesteps(T, n)
+def sample_ddim(model, d, xt, grid, eta=0.0, clip=True, generator=None, on_step=None):
+    def noise(x):
+        return torch.randn(x.shape, generator=generator, dtype=x.dtype)
+    return new_ddim(model, d, xt, grid, eta=eta, clip=clip, noise=noise, on_step=on_step)
+""", [("test_7_ddim", "test_ddim_returns_the_only_image_of_the_data_for_any_timesteps_and_eta"),
+      ("test_contract", "test_every_option_has_an_effect_of_its_own", "ddpm.sample_ddim")]),
+    "a KL from logarithms": ("likelihood", """
 def normal_kl(mean_1, var_1, mean_2, var_2):
     log_1, log_2 = torch.log(torch.as_tensor(var_1)), torch.log(torch.as_tensor(var_2))
     return 0.5 * (log_2 - log_1 - 1 + torch.exp(log_1 - log_2) + (mean_1 - mean_2) ** 2 * torch.exp(-log_2))
-""", [("test_8_bound", "test_kl_is_not_negative_and_zero_for_equal_distributions")]),
-    "samplers that return a copy": ("""
+""", [("test_9_bound", "test_kl_is_not_negative_and_zero_for_equal_distributions")]),
+    "samplers that return a copy": ("ddpm", """
 ancestral, ddim = sample_ancestral, sample_ddim
 def sample_ancestral(*args, **how):
     return ancestral(*args, **how).clone()
 def sample_ddim(*args, **how):
     return ddim(*args, **how).clone()
 """, [("test_6_ancestral", "test_algorithm2_visits_T_down_to_1_and_reports_T_minus_1_down_to_0"),
-      ("test_7_ddim", "test_ddim_asks_the_model_once_at_each_step_of_the_grid_and_ends_at_0", [1, 4])]),
-    "a call of the model for each table of variances": ("""
-def bound_terms(model, d, x0, variances, clip=True, generator=None, together=bound_terms):
-    xts = [d.q_sample(x0, t, noise_like(x0, generator)) for t in range(1, d.T + 1)]
-    noise = [d.eps_from_x0(xt, t, x0) for t, xt in enumerate(xts, 1)]
-    def replay(x, _):
-        return left.pop(0)
-    rows, drawn = [], noise_like
+      ("test_7_ddim", "test_ddim_calls_the_model_once_at_each_of_the_timesteps_and_ends_at_0", [1, 4])]),
+    "a call of the model for each table of variances": ("likelihood", """
+def bound_terms(model, d, x0, variances, *, clip=True, noise=torch.randn_like, together=bound_terms):
+    z = [noise(x0) for _ in range(d.T)]
+    rows = []
     for sigma2 in variances:
-        left = list(noise)
-        globals()["noise_like"] = replay
-        try:
-            rows.append(together(model, d, x0, [sigma2], clip))
-        finally:
-            globals()["noise_like"] = drawn
+        left = list(z)
+        rows.append(together(model, d, x0, [sigma2], clip=clip, noise=lambda x: left.pop(0)))
     return torch.cat(rows)
 """, BOUND),
-    "all t of the bound in one call of the model": ("""
-def bound_terms(model, d, x0, variances, clip=True, generator=None, one_by_one=bound_terms):
+    "all t of the bound in one call of the model": ("likelihood", """
+@torch.no_grad()
+def bound_terms(model, d, x0, variances, *, clip=True, noise=torch.randn_like, one_by_one=bound_terms):
     T, B = d.T, len(x0)
-    eps = [noise_like(x0, generator) for _ in range(T)]
+    z = [noise(x0) for _ in range(T)]
     t = torch.arange(1, T + 1).repeat_interleave(B)
-    said = model(d.q_sample(x0.repeat(T, *[1] * (x0.ndim - 1)), t, torch.cat(eps)), t).split(B)
-    drawn = noise_like
-    globals()["noise_like"] = lambda x, _: eps.pop(0)
-    try:
-        return one_by_one(lambda xt, t: said[int(t[0]) - 1], d, x0, variances, clip)
-    finally:
-        globals()["noise_like"] = drawn
+    xt = d.q_sample(x0.repeat(T, *[1] * (x0.ndim - 1)), t, torch.cat(z))
+    eps = model(xt, t).split(B)
+    return one_by_one(lambda xt, t: eps[int(t[0]) - 1], d, x0, variances, clip=clip,
+                      noise=lambda x: z.pop(0))
 """, BOUND),
-    "refusals by AssertionError": ("""
-def refuse(method, exception):
+    "the bound from T down to 1": ("likelihood", """
+@torch.no_grad()
+def bound_terms(model, d, x0, variances, *, clip=True, noise=torch.randn_like, upwards=bound_terms):
+    z, eps = {}, {}
+    for t in range(d.T, 0, -1):
+        z[t] = noise(x0)
+        eps[t] = model(d.q_sample(x0, t, z[t]), same_t(t, x0))
+    left = [z[t] for t in range(1, d.T + 1)]
+    return upwards(lambda xt, t: eps[int(t[0])], d, x0, variances, clip=clip,
+                   noise=lambda x: left.pop(0))
+""", BOUND),
+    "the bound in the file of ddpm.py": ("ddpm", """
+def normal_kl(mean_1, var_1, mean_2, var_2):
+    return 0.5 * ((var_2 / var_1).log() + (var_1 + (mean_1 - mean_2) ** 2) / var_2 - 1)
+""", [("test_9_bound", "test_kl_is_not_negative_and_zero_for_equal_distributions")]),
+    "other exceptions": ("ddpm", """
+def raising(method, exception):
     def checked(self, *args):
         try:
             return method(self, *args)
-        except (ValueError, AssertionError) as refusal:
-            raise exception(str(refusal)) from None
+        except ValueError as error:
+            raise exception(str(error)) from None
     return checked
-Diffusion.__init__, Diffusion.q_sample = (refuse(method, exception) for method, exception in (
-    (Diffusion.__init__, AssertionError), (Diffusion.q_sample, TypeError)))
-""", [("test_2_forward", "test_a_step_outside_0_T_is_refused"),
-      ("test_2_forward", "test_images_and_noise_of_different_shapes_are_refused", "q_sample"),
-      ("test_2_forward", "test_a_table_that_is_no_schedule_is_refused", [0, 1.5])]),
+Diffusion.__init__ = raising(Diffusion.__init__, AssertionError)
+Diffusion.q_sample = raising(Diffusion.q_sample, TypeError)
+""", [("test_rejections", "test_a_wrong_call_is_rejected", what)
+      for what in ("t = -1", "noise of another shape", "beta_t = 1.5")]),
 }  # fmt: skip
 
 TABLES = """
@@ -226,12 +277,15 @@ def at(table, t, x):
     c = table.to(x.device)[torch.as_tensor(t, device="cpu").reshape(-1).to(x.device)]
     return c.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
 """
-UNEQUAL = {  # each with what its failure says
+# By name: the code, a part of the failure's message, and the tests that reject it.
+UNEQUAL = {
     "float32 tables": (TABLES, "float32's rounding", [
         ("test_2_forward", "test_eq4_q_sample_has_the_mean_and_variance_of_the_chain_of_eq2"),
-        ("test_2_forward", "test_eq4_coefficients_are_float64_arithmetic_rounded_once", 1)]),
-    "coefficients kept in half precision": (COEFFICIENTS, "", [
-        ("test_2_forward", "test_eq4_half_precision_images_lose_no_noise", torch.bfloat16)]),
+        ("test_2_forward", "test_eq4_coefficients_are_computed_in_float64_and_rounded_once", 1),
+        ("test_inputs", "test_float32_images_get_coefficients_that_are_computed_in_float64",
+         "x0_from_eps", 1)]),
+    "coefficients in half precision": (COEFFICIENTS, "", [
+        ("test_2_forward", "test_eq4_half_precision_images_get_all_their_noise", torch.bfloat16)]),
     "float64 on a device that has none": (ON_THE_DEVICE, "float64 on the far device", [
         ("test_6_ancestral", "test_loss_samplers_and_bound_are_the_same_on_another_device")]),
 }  # fmt: skip

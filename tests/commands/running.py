@@ -2,12 +2,15 @@
 
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 
 import numpy as np
 import torch
 from PIL import Image
+
+from support import command
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TINY = ("--limit 64 --batch-size 16 --width 8 --timesteps 20 --warmup 0 --device cpu --precision fp32 "
@@ -26,6 +29,23 @@ def run(*command, **how):
     process = start(*command, **how)
     out, err = process.communicate(timeout=120)
     return process.returncode, out, err
+
+
+def in_process(module, *flags):
+    """Run a command inside this process, and return its exit status. Signal handlers are restored."""
+    handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    argv = sys.argv
+    sys.argv = [f"{module.__name__}.py", *map(str, flags)]
+    try:
+        command.run(module.main, module.Config, module.__doc__)
+        return 0
+    except SystemExit as stop:
+        return stop.code
+    finally:
+        sys.argv = argv
+        for number, handler in handlers.items():
+            if signal.getsignal(number) is not handler:
+                signal.signal(number, handler)
 
 
 def equal(a, b):

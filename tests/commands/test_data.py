@@ -1,10 +1,9 @@
-"""Glyphs and folders of images: decoded, cached, labelled, and refused."""
+"""support/data: the digits, folders of images, their splits, and the images for an evaluation."""
 
 import errno
-import os
 import pathlib
 import subprocess
-import tracemalloc
+import unicodedata
 import zlib
 
 import numpy as np
@@ -13,364 +12,515 @@ import torch
 from PIL import Image, ImageCms
 from running import stripes
 
-import evaluate
-import sample
-import train
-from support import checkpoint, data
-from support.data import decode, folder, glyphs
-from support.errors import Failure
+from support import data
+from support.data import decode, glyphs, split
+from support.errors import Failure, UsageError
 
 
-def test_glyphs_are_the_same_for_the_same_seed_and_others_are_held_out():
-    a, labels = glyphs.draw(50, seed=3)
-    b, _ = glyphs.draw(50, seed=3)
-    c, _ = glyphs.draw(50, seed=4)
-    assert a.dtype == np.uint8 and (a == b).all() and not (a == c).all()
-    assert labels.shape == (50,) and labels.max() < len(glyphs.GLYPHS)
-    held_out = data.load("glyphs", "held out").images
-    assert len(held_out) == 2000
-    training = {image.tobytes() for image in data.load("glyphs", "training").images.numpy()}
-    assert not training & {image.tobytes() for image in held_out.numpy()}
+def grey(path, value, size=8):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", (size, size), value).save(path)
 
 
-ONE_STEP = "--width 8 --timesteps 5 --device cpu --epochs 1 --sample-every 0".split()
+def load(name, size=(8, 8), channels=1, **how):
+    return data.load(str(name), str(name.parent / "cache"), size, channels, **how)
+
+
+def values(part):
+    """The grey value of each image."""
+    return part.images[:][:, 0, 0, 0].tolist()
 
 
 @pytest.fixture
 def album(tmp_path):
-    """A folder of images of many formats, modes and shapes, some in a folder of their own."""
-    folder = tmp_path / "album"
-    (folder / "more").mkdir(parents=True)
-    stripes(90, 30).save(folder / "wide.png")
-    stripes(60, 40).save(folder / "more" / "photo.JPG", "JPEG")
-    stripes(40, 40).convert("P").save(folder / "palette.gif")
-    stripes(40, 40).convert("L").save(folder / "grey.bmp")
-    stripes(40, 40).convert("1").save(folder / "bits.png")
-    stripes(40, 40).convert("CMYK").save(folder / "print.tif")
-    Image.new("RGBA", (20, 50), (0, 0, 255, 0)).save(folder / "clear.webp")
-    Image.fromarray(np.full((30, 30), 32768, np.uint16)).save(folder / "deep.png")
-    Image.fromarray(np.full((30, 30), 0.5, np.float32)).save(folder / "float.tiff")
-    (folder / ".hidden").write_text("not an image, and not looked at")
-    return folder
+    """A folder of 60 images in two subfolders, image i with the grey value 4 * i + 10."""
+    for i in range(60):
+        grey(tmp_path / "album" / ("ant", "bee")[i >= 30] / f"{i:02d}.png", 4 * i + 10)
+    return tmp_path / "album"
 
 
-def test_any_image_is_read_upright_cropped_at_its_centre_and_not_squashed(album, tmp_path):
-    """The middle of red-green-blue is green; transparent is white; 16 bits and floats keep their grey."""
-    images = folder.load(album, (16, 24), 3, tmp_path / "cache", skip_broken=False)[0]
-    names = sorted(
-        str(p.relative_to(album)) for p in album.rglob("*.*") if not p.name.startswith(".")
-    )
-    files = sorted(p for p in album.rglob("*") if p.is_file() and not p.name.startswith("."))
-    assert images.shape == (len(names), 3, 16, 24) and len(names) == 9
-    by_name = {p.name: image for p, image in zip(files, images, strict=True)}
-    assert (by_name["clear.webp"] == 255).all()
-    for name in ("deep.png", "float.tiff"):
-        assert abs(by_name[name].astype(int) - 128).max() <= 1
-    square = folder.load(album, (16, 16), 3, tmp_path / "cache", skip_broken=False)[0]
-    wide = square[files.index(album / "wide.png")]
-    assert (wide[1, :, 1:-1] > 200).all() and (wide[0, :, 1:-1] < 60).all()
-    grey = folder.load(album, (16, 16), 1, tmp_path / "cache", skip_broken=False)[0]
-    assert grey.shape == (9, 1, 16, 16)
+# --- Digits --------------------------------------------------------------------------------------
+
+
+def test_the_seed_determines_the_digits():
+    a, b = (glyphs.draw(50, seed) for seed in (3, 4))
+    assert np.array_equal(a[0], glyphs.draw(50, seed=3)[0]) and not np.array_equal(a[0], b[0])
+
+
+def test_no_held_out_digit_is_a_training_digit():
+    training, held = data.load("glyphs", "data")
+    assert training.images.shape == (6000, 1, 16, 16) and held.images.shape == (512, 1, 16, 16)
+    known = {image.numpy().tobytes() for image in training.images}
+    assert not any(image.numpy().tobytes() in known for image in held.images)
+
+
+# --- Decoding ------------------------------------------------------------------------------------
+
+
+def decoded(path, size, channels=3):
+    """The pixels (C, H, W) of one file."""
+    pixels, _ = decode.decode(path, size, channels)
+    return np.frombuffer(pixels, np.uint8).reshape(channels, *size).astype(int)
+
+
+def test_an_image_is_cropped_at_its_centre_and_not_squashed(tmp_path):
+    """The middle of red, green and blue thirds is green."""
+    stripes(90, 30).save(tmp_path / "a.png")
+    got = decoded(tmp_path / "a.png", (16, 16))
+    assert (got[1, :, 1:-1] > 200).all() and (got[0, :, 1:-1] < 60).all()
 
 
 def test_exif_rotation_is_applied(tmp_path):
     exif = Image.Exif()
     exif[274] = 6  # the camera was turned by 90 degrees
-    (tmp_path / "a").mkdir()
-    stripes(30, 30).save(tmp_path / "a" / "turned.png", exif=exif)
-    image = folder.load(tmp_path / "a", (30, 30), 3, tmp_path, skip_broken=False)[0][0]
-    assert (image[0, :9] == 255).all() and (image[2, -9:] == 255).all()  # red on top, blue below
+    stripes(30, 30).save(tmp_path / "a.png", exif=exif)
+    got = decoded(tmp_path / "a.png", (30, 30))
+    assert (got[0, :9] == 255).all() and (got[2, -9:] == 255).all()  # red on top, blue below
 
 
-def test_a_folder_is_decoded_once_and_again_when_it_changes(album, tmp_path, monkeypatch):
-    load = lambda: folder.load(album, (8, 8), 3, tmp_path / "cache", False)[0]  # noqa: E731
-    first = np.array(load())
-    monkeypatch.setattr(decode, "decode", lambda *args: pytest.fail("decoded twice"))
-    assert (load() == first).all()
-    monkeypatch.undo()
-    stripes(30, 30).save(album / "new.png")
-    assert len(load()) == len(first) + 1
+@pytest.mark.parametrize("name, mode", [("a.gif", "P"), ("a.bmp", "L"), ("a.png", "1"), ("a.tif", "CMYK"),
+                                        ("a.JPG", "RGB"), ("a.webp", "RGBA"), ("a.png", "LA")])  # fmt: skip
+def test_every_mode_keeps_its_grey_value(tmp_path, name, mode):
+    Image.new("RGB", (20, 30), (255, 255, 255)).convert(mode).save(tmp_path / name)
+    for channels in (1, 3):
+        assert (decoded(tmp_path / name, (8, 8), channels) >= 254).all()
 
 
-def test_links_pipes_and_names_of_a_folder_are_taken_for_what_they_are(album, tmp_path, call):
-    """A link back into the folder adds nothing, a pipe is no file, a newline stays inside one line; a
-    link to nothing, or to itself, is a broken file."""
-    count = len(folder.load(album, (8, 8), 3, tmp_path / "cache", False)[0])
-    (album / "more" / "loop").symlink_to(album)
-    os.mkfifo(album / "pipe.png")
-    stripes(9, 9).save(album / "line\nbreak.png")
-    assert len(folder.load(album, (8, 8), 3, tmp_path / "cache", False)[0]) == count + 1
-    for target in ("nothing", "a\nb.png"):
-        (album / "a\nb.png").symlink_to(target)
-        status, _, err = call(train, "--data", album)
-        assert status == 1 and err.count("\n") == 1 and "a\\nb.png: cannot be read" in err, err
-        (album / "a\nb.png").unlink()
+def test_transparent_pixels_become_white(tmp_path):
+    Image.new("RGBA", (20, 50), (0, 0, 255, 0)).save(tmp_path / "a.webp")
+    assert (decoded(tmp_path / "a.webp", (8, 8)) == 255).all()
 
 
-def test_a_folder_that_changes_while_it_is_read_is_refused(album, tmp_path, monkeypatch):
-    """A file comes or goes while the others are decoded: no cache of a state that never was."""
-    real = decode.decode
-
-    def meddling(path, *how):
-        (album / "new.png").write_bytes((album / "wide.png").read_bytes())
-        return real(path, *how)
-
-    monkeypatch.setattr(decode, "decode", meddling)
-    with pytest.raises(Failure, match="changed while it was read"):
-        folder.load(album, (8, 8), 3, tmp_path / "cache", False)[0]
-    assert not list((tmp_path / "cache").iterdir())
+def test_an_animated_image_is_its_first_frame(tmp_path):
+    frames = [Image.new("L", (9, 9), value) for value in (10, 200)]
+    for kind in ("gif", "webp", "png"):
+        frames[0].save(
+            tmp_path / f"a.{kind}", save_all=True, append_images=frames[1:], lossless=True
+        )
+        assert (abs(decoded(tmp_path / f"a.{kind}", (8, 8), 1) - 10) <= 1).all()
 
 
-def test_a_folder_may_be_where_its_cache_is_too(album):
-    """The cache of its own images is not taken for one of them."""
-    count = len(folder.load(album, (8, 8), 3, album, False)[0])
-    assert len(folder.load(album, (8, 8), 3, album, False)[0]) == count
+def test_an_image_larger_than_pillows_limit_is_rejected(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)
+    Image.new("L", (10, 10)).save(tmp_path / "a.png")
+    with pytest.raises(decode.Unreadable, match=r"decompression bomb"):
+        decode.decode(tmp_path / "a.png", (8, 8), 1)
 
 
-def test_training_sampling_and_evaluating_a_folder_of_images(call, album, tmp_path):
-    """Anyone's images, not square, grey; the checkpoint knows their size."""
-    tiny = ["--batch-size", 4, "--width", 8, "--timesteps", 5, "--device", "cpu", "--epochs", 1]
-    status, out, err = call(train, "--data", album, "--size", "16x24", "--channels", 1, *tiny)
-    assert status == 0 and f"{album}: 9 images, 16x24x1" in out, err
-    assert call(sample, "--ckpt", "ckpt.pt", "--out", "a.npz", "--n", 2)[0] == 0
-    assert np.load("a.npz")["arr_0"].shape == (2, 16, 24, 3)
-    status, out, err = call(evaluate, "--ckpt", "ckpt.pt", "--n", 2)
-    assert status == 0 and "images it was trained on" in out, err
-    assert call(train, "--data", album, "--size", "16", "--channels", 1, *tiny)[0] == 0
-    status, out, err = call(evaluate, "--ckpt", "ckpt.pt", "--n", 2, "--data", "glyphs")
-    assert status == 0 and "held-out images of glyphs" in out, err
-
-
-def test_a_folders_subfolders_are_its_classes(call, tmp_path):
-    """Every image has the label of its folder, also where some files are broken; sample and evaluate
-    know the names; images in no folder are refused."""
-    for i, name in enumerate(["big dog", "cat", "cat", "eel", "cat"]):
-        (tmp_path / "pets" / name / "deep").mkdir(parents=True, exist_ok=True)
-        grey = Image.new("L", (8, 8), 10 + {"big dog": 0, "cat": 100, "eel": 200}[name])
-        grey.save(tmp_path / "pets" / name / "deep" / f"{i}.png")
-    (tmp_path / "pets" / "cat" / "broken.png").write_text("no image")
-    tiny = [
-        "--batch-size",
-        4,
-        "--width",
-        8,
-        "--timesteps",
-        5,
-        "--device",
-        "cpu",
-        "--epochs",
-        1,
-        "--size",
-        8,
-    ]
-    flags = ["--data", "pets", "--labels", "--channels", 1, "--skip-broken", *tiny]
-    (tmp_path / "pets" / "a link").symlink_to(
-        "cat"
-    )  # which is there anyway, and is no class of its own
-    (tmp_path / "pets" / "notes.txt").write_text("no image, and in no folder")
-    for damage in (
-        None,
-        None,
-        lambda cache: cache[:200],
-        lambda cache: bytes(len(cache)),
-        lambda cache: b"",
-    ):
-        if damage:  # decoded; from the cache; decoded, for the cache is damaged
-            [cache] = (tmp_path / "data").iterdir()
-            cache.write_bytes(damage(cache.read_bytes()))
-        status, out, err = call(train, *flags)
-        assert status == 0 and "5 images, 8x8x1, 3 classes" in out, err
-    saved = checkpoint.load("ckpt.pt")
-    assert saved["classes"] == ["big dog", "cat", "eel"] and saved["network"]["num_classes"] == 3
-    images, labels, _ = data.load(saved["config"]["data"], "all", size=(8, 8), channels=1, skip_broken=True,
-                                  labels=True)  # fmt: skip
-    assert ((images[:, 0, 0, 0] - 10) // 100).tolist() == labels.tolist() == [0, 1, 1, 1, 2]
-    assert (
-        call(sample, "--ckpt", "ckpt.pt", "--out", "a.npz", "--n", 3, "--label", "eel,big dog")[0]
-        == 0
-    )
-    assert np.load("a.npz")["arr_1"].tolist() == [2, 0, 2]
-    status, out, err = call(evaluate, "--ckpt", "ckpt.pt", "--n", 2, "--skip-broken")
-    assert status == 0 and "2 images it was trained on" in out, err
-    (tmp_path / "pets" / "fox").mkdir()
-    Image.new("L", (8, 8)).save(tmp_path / "pets" / "fox" / "a.png")
-    status, _, err = call(evaluate, "--ckpt", "ckpt.pt", "--skip-broken")
-    assert status == 1 and "not the images with which this run began" in err
-    status, _, err = call(train, "--resume", "ckpt.pt", "--epochs", 2)
-    assert status == 1 and "its classes are not those with which this run began" in err
-    Image.new("L", (8, 8)).save(tmp_path / "pets" / "lost.png")
-    for more in ([], ["--skip-broken"]):
-        status, _, err = call(train, *(flag for flag in flags if flag != "--skip-broken"), *more)
-        assert status == 1 and "lost.png: is in no subfolder" in err.splitlines()[-1], err
-
-
-def test_a_file_that_is_no_image_is_named_and_can_be_skipped(call, album):
-    (album / "notes.txt").write_text("hello")
-    whole = (album / "wide.png").read_bytes()
-    (album / "half.png").write_bytes(whole[: len(whole) // 2])
-    flags = [
-        "--data",
-        album,
-        "--epochs",
-        1,
-        "--width",
-        8,
-        "--timesteps",
-        2,
-        "--batch-size",
-        9,
-        "--size",
-        8,
-    ]
-    status, _, err = call(train, *flags)
-    assert status == 1 and "half.png: cannot be read as an image" in err and "--skip-broken" in err
-    status, out, err = call(train, *flags, "--skip-broken")
-    assert status == 0 and "9 images" in out and "left out 2 of 11 files" in err
-
-
-# --- What makes an image broken, and what does not -----------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "number", [errno.EMFILE, errno.EACCES, errno.ENOMEM, errno.ESTALE, errno.EIO]
-)
-def test_a_machine_that_fails_to_read_a_file_stops_the_run_with_its_name(
-    call, album, monkeypatch, number
-):
-    """Too many open files, no permission, no memory, a stale network share: no image is left out for it,
-    and nothing is cached."""
-    real = pathlib.Path.read_bytes
-
-    def fail(path):
-        if path.name == "wide.png":
-            raise OSError(number, os.strerror(number), str(path))
-        return real(path)
-
-    monkeypatch.setattr(pathlib.Path, "read_bytes", fail)
-    status, _, err = call(train, "--data", album, "--skip-broken", "--size", 8, *ONE_STEP)
-    assert status == 1 and err == f"train.py: error: {album}/wide.png: {os.strerror(number)}\n"
-    assert not list(pathlib.Path("data").iterdir())
-
-
-def test_a_memory_that_is_too_small_stops_the_run_with_the_files_name(call, album, monkeypatch):
-    def fail(*args):
-        raise MemoryError
-
-    monkeypatch.setattr(decode.ImageOps, "fit", fail)
-    status, _, err = call(train, "--data", album, "--skip-broken", "--size", 8, *ONE_STEP)
-    assert status == 1 and err.count("\n") == 1 and "the memory is too small to decode it" in err
-
-
-@pytest.mark.parametrize("content, words", [
-    (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n", "PostScript is a"),
-    (b"\0\0\0\x18ftypheic" + bytes(40), "package pillow-heif"),
-    (b"\xff\x0a" + bytes(40), "package pillow-jxl-plugin"),
-    (b"hello", "its format is not known"),
-    (b"", "its format is not known"),
-], ids=["EPS", "HEIC", "JPEG XL", "text", "empty"])  # fmt: skip
-def test_a_file_that_is_not_decoded_here_says_what_it_is(tmp_path, monkeypatch, content, words):
-    """No other program runs on it, whatever its name."""
-    monkeypatch.setattr(
-        subprocess, "Popen", lambda *args, **how: pytest.fail("a program was started")
-    )
-    (tmp_path / "holiday.jpg").write_bytes(content)
-    assert words in decode.decode(tmp_path / "holiday.jpg", (8, 8), 3)
-
-
-def grey(values, mode, tmp_path):
-    """The mean that decode() gives to a TIFF of these values."""
+def tiff(values, mode, tmp_path):
+    """The mean of an image file with these values, or the reason why it is rejected."""
     Image.fromarray(np.asarray(values, mode)).save(tmp_path / "a.tiff")
-    got = decode.decode(tmp_path / "a.tiff", (8, 8), 1)
-    return np.frombuffer(got, np.uint8).mean() if isinstance(got, bytes) else got
+    try:
+        return decoded(tmp_path / "a.tiff", (8, 8), 1).mean()
+    except decode.Unreadable as error:
+        return str(error)
 
 
 def test_a_value_means_the_same_in_every_image(tmp_path):
-    """Floats go from 0 to 1, with or without a pixel of 1.02; 16 bits go to 65535. What has no known range
-    is refused in words."""
-    half = np.full((8, 8), 0.5, np.float32)
-    over = half.copy()
-    over[3, 3] = 1.02
-    assert (
-        grey(half, np.float32, tmp_path) == 128 and abs(grey(over, np.float32, tmp_path) - 130) < 1
-    )
-    assert abs(grey(np.full((8, 8), 32768), np.uint16, tmp_path) - 128) <= 1
-    assert "its floats go from 0.5 to 127.5, and 0 to 1 is expected" in grey(half * np.linspace(1, 255, 8),
-                                                                            np.float32, tmp_path)  # fmt: skip
+    """Floats go from 0 to 1, also with one pixel of 1.02 or -0.02; 16-bit integers go to 65535."""
+    half = np.full((8, 8), 0.5)
+    near = half.copy()
+    near[3, 3:5] = 1.02, -0.02
+    assert tiff(half, np.float32, tmp_path) == 128
+    assert abs(tiff(near, np.float32, tmp_path) - 128) < 1
+    assert abs(tiff(np.full((8, 8), 32768), np.uint16, tmp_path) - 128) <= 1
     (tmp_path / "a.pgm").write_bytes(b"P5 8 8 65535\n" + b"\x80\x00" * 64)
-    assert set(decode.decode(tmp_path / "a.pgm", (8, 8), 1)) == {128}
-    assert "32-bit integers have no known range" in grey(np.full((8, 8), 9), np.int32, tmp_path)
+    assert (decoded(tmp_path / "a.pgm", (8, 8), 1) == 128).all()
 
 
-def test_a_colour_profile_is_applied_before_the_image_is_scaled(tmp_path):
-    """With a profile that exchanges red and blue, the image has them exchanged; one that is no profile
-    changes nothing."""
-    wide = swapped_profile()
-    image = Image.new("RGB", (20, 20), (250, 100, 0))
-    for profile, want in (
-        (None, (250, 100, 0)),
-        (wide, (0, 100, 250)),
-        (b"no profile", (250, 100, 0)),
-    ):
-        image.save(tmp_path / "a.png", icc_profile=profile)
-        got = np.frombuffer(decode.decode(tmp_path / "a.png", (4, 4), 3), np.uint8).reshape(3, 16)[
-            :, 0
-        ]
-        assert abs(got.astype(int) - want).max() <= 2, (profile and len(profile), got)
+@pytest.mark.parametrize("values, mode, words", [
+    (np.linspace(-1, 1, 64).reshape(8, 8), np.float32, "its floats go from -1 to 1, but 0 to 1"),
+    (np.linspace(0, 255, 64).reshape(8, 8), np.float32, "its floats go from 0 to 255, but 0 to 1"),
+    (np.full((8, 8), np.nan), np.float32, "its floats go from nan to nan"),
+    (np.full((8, 8), 9), np.int32, "32-bit integers have no known range"),
+], ids=["-1..1", "0..255", "nan", "32 bits"])  # fmt: skip
+def test_values_of_an_unknown_range_are_rejected(tmp_path, values, mode, words):
+    assert words in tiff(values, mode, tmp_path)
 
 
 def swapped_profile():
-    """sRGB's profile in which red and blue have changed places: the tags rXYZ and bXYZ."""
-    data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
-    count = int.from_bytes(data[128:132], "big")
-    tags = {bytes(data[i : i + 4]): i for i in range(132, 132 + 12 * count, 12)}
+    """sRGB's profile with red and blue exchanged: the tags rXYZ and bXYZ."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    count = int.from_bytes(profile[128:132], "big")
+    tags = {bytes(profile[i : i + 4]): i for i in range(132, 132 + 12 * count, 12)}
     for a, b in ((b"rXYZ", b"bXYZ"), (b"rTRC", b"bTRC")):
         i, j = tags[a] + 4, tags[b] + 4
-        data[i : i + 8], data[j : j + 8] = data[j : j + 8], data[i : i + 8]
-    return bytes(data)
+        profile[i : i + 8], profile[j : j + 8] = profile[j : j + 8], profile[i : i + 8]
+    return bytes(profile)
 
 
-@pytest.mark.parametrize("damage", [
-    lambda cache, one: cache[:one] + cache[2 * one : 2 * one + 4] + cache[-32:],  # to its first image
-    lambda cache, one: cache[: one - 1] + bytes([cache[one - 1] ^ 1]) + cache[one:],
-    lambda cache, one: cache[:-1],
-    lambda cache, one: b"",
-], ids=["shortened", "flipped", "cut", "emptied"])  # fmt: skip
-def test_a_cache_that_is_not_what_was_written_is_decoded_again(tmp_path, damage):
-    (tmp_path / "two").mkdir()
-    for i in range(2):
-        Image.new("L", (8, 8), 10 + i).save(tmp_path / "two" / f"{i}.png")
-    load = lambda: folder.load(tmp_path / "two", (8, 8), 1, tmp_path / "cache", False)[0]  # noqa: E731
-    want = np.array(load())
+@pytest.mark.parametrize("profile, want", [
+    (None, (250, 100, 0)), (swapped_profile(), (0, 100, 250)), (b"no profile", (250, 100, 0))
+], ids=["none", "swapped", "damaged"])  # fmt: skip
+def test_a_colour_profile_is_applied(tmp_path, profile, want):
+    Image.new("RGB", (20, 20), (250, 100, 0)).save(tmp_path / "a.png", icc_profile=profile)
+    assert abs(decoded(tmp_path / "a.png", (4, 4))[:, 0, 0] - want).max() <= 2
+
+
+@pytest.mark.parametrize("content", [
+    b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n",
+    b"\0\0\0\x18ftypheic" + bytes(40), b"hello", b"",
+], ids=["EPS", "HEIC", "text", "empty"])  # fmt: skip
+def test_an_unknown_format_is_named_and_starts_no_program(tmp_path, monkeypatch, content):
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **how: pytest.fail("a program started"))
+    (tmp_path / "a.jpg").write_bytes(content)
+    with pytest.raises(decode.Unreadable, match=r"unknown format"):
+        decode.decode(tmp_path / "a.jpg", (8, 8), 3)
+
+
+def test_a_bug_in_the_conversion_is_not_reported_as_a_broken_image(tmp_path, monkeypatch):
+    def bug(*args):
+        raise TypeError("a bug")
+
+    monkeypatch.setattr(decode, "eight_bits", bug)
+    grey(tmp_path / "a.png", 0)
+    with pytest.raises(TypeError, match=r"a bug"):
+        decode.decode(tmp_path / "a.png", (8, 8), 1)
+
+
+# --- Folders and their cache ---------------------------------------------------------------------
+
+
+def test_a_folder_is_decoded_once_for_all_splits_limits_and_places(album, tmp_path, monkeypatch):
+    want = values(load(album)[0])
+    monkeypatch.setattr(decode, "decode", lambda *args: pytest.fail("decoded again"))
+    for limit in (None, 20):
+        for labels in (False, True):
+            load(album, limit=limit, labels=labels, skip_broken=labels)
+    (tmp_path / "moved").mkdir()
+    album.rename(tmp_path / "moved" / "album")
+    moved = data.load(str(tmp_path / "moved" / "album"), str(tmp_path / "cache"), (8, 8), 1)
+    assert values(moved[0]) == want and len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_a_changed_folder_and_an_incomplete_cache_are_decoded_again(album, tmp_path):
+    want = values(load(album)[0])
     [cache] = (tmp_path / "cache").iterdir()
-    cache.write_bytes(damage(cache.read_bytes(), 64))
-    assert np.array_equal(load(), want)
+    whole = cache.read_bytes()
+    for damaged in (whole[:-1], whole[64:], b""):
+        cache.write_bytes(damaged)
+        assert values(load(album)[0]) == want
+    grey(album / "ant" / "new.png", 3)
+    assert len(load(album)[0].images) == len(want) + 1
 
 
-def test_a_cache_is_not_written_through_a_link(tmp_path):
-    (tmp_path / "one").mkdir()
-    Image.new("L", (8, 8)).save(tmp_path / "one" / "a.png")
-    folder.load(tmp_path / "one", (8, 8), 1, tmp_path / "cache", False)
-    [cache] = (tmp_path / "cache").iterdir()
-    (tmp_path / "precious").write_bytes(cache.read_bytes()[:-1])
-    cache.unlink()
-    cache.symlink_to(tmp_path / "precious")
-    folder.load(tmp_path / "one", (8, 8), 1, tmp_path / "cache", False)
-    assert (
-        not cache.is_symlink()
-        and len((tmp_path / "precious").read_bytes()) == cache.stat().st_size - 1
+def test_the_cache_may_lie_in_the_folder_itself(album):
+    counts = [len(data.load(str(album), str(album), (8, 8), 1)[0].images) for _ in range(2)]
+    assert counts == [57, 57]
+
+
+def test_links_and_hidden_files(album, tmp_path):
+    """A folder that is linked twice is read once; hidden files are left out."""
+    (album / "loop").symlink_to(album)
+    grey(tmp_path / "elsewhere" / "x.png", 1)
+    (album / "one").symlink_to(tmp_path / "elsewhere")
+    (album / "two").symlink_to(tmp_path / "elsewhere")
+    (album / ".hidden").write_text("not an image")
+    assert sum(len(part.images) for part in load(album)) == 61
+
+
+def test_a_broken_file_is_named(album):
+    """By the run that decodes the folder, and by a run that finds the cache of --skip-broken."""
+    (album / "ant" / "cut.png").write_bytes((album / "ant" / "00.png").read_bytes()[:40])
+    for _ in range(2):
+        with pytest.raises(Failure, match=r"ant/cut.png: cannot be read as an image .*--skip-brok"):
+            load(album)
+        load(album, skip_broken=True)
+
+
+def test_skipped_files_are_counted_each_time(album, capsys):
+    (album / "ant" / "notes.txt").write_text("no image")
+    for _ in range(2):
+        load(album, skip_broken=True, labels=True)
+        assert "1 of 61 files are not images and were left out, such as" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("where, error", [
+    ((pathlib.Path, "read_bytes"), OSError(errno.EIO, "Input/output error", "07.png")),
+    ((decode.Image, "open"), MemoryError()),
+], ids=["disk", "memory"])  # fmt: skip
+def test_an_error_of_the_machine_is_not_a_broken_image(album, monkeypatch, where, error):
+    def fail(*args, **how):
+        raise error
+
+    monkeypatch.setattr(*where, fail)
+    with pytest.raises(type(error)):
+        load(album, skip_broken=True)
+
+
+# --- Lines about unexpected images ---------------------------------------------------------------
+
+
+def printed(capsys, *args, **how):
+    load(*args, **how)
+    return capsys.readouterr().err
+
+
+def test_thumbnails_of_a_nas_are_left_out(album, capsys):
+    grey(album / "ant" / "@eaDir" / "00.png" / "SYNOPHOTO_THUMB_M.jpg", 1)
+    assert "left out 1 folders of thumbnails, such as" in printed(capsys, album)
+    assert sum(len(part.images) for part in load(album)) == 60
+
+
+def test_enlarged_images_are_reported(album, tmp_path, capsys):
+    assert printed(capsys, album) == ""
+    words = "60 of 60 files are smaller than 12x8 and were enlarged"
+    assert words in printed(capsys, album, (12, 8))
+    (tmp_path / "high").mkdir()
+    Image.new("L", (8, 12), 99).save(tmp_path / "high" / "a.png")  # 8 wide, 12 high
+    assert printed(capsys, tmp_path / "high", (12, 8)) == ""
+    assert "1 of 1 files are smaller than 8x12" in printed(capsys, tmp_path / "high", (8, 12))
+
+
+def test_dark_folders_are_reported(tmp_path, capsys):
+    """12-bit data in 16-bit files is at most 16 of 255. One brighter image shows that the rest is dark."""
+    (tmp_path / "a").mkdir()
+    for i in range(3):
+        Image.fromarray(np.full((8, 8), 4095, np.uint16)).save(tmp_path / "a" / f"{i}.png")
+    assert "reaches a quarter of the full brightness" in printed(capsys, tmp_path / "a")
+    grey(tmp_path / "a" / "bright.png", 64)
+    assert printed(capsys, tmp_path / "a") == ""
+
+
+def test_splits_that_become_classes_are_reported(tmp_path, capsys):
+    for name in ("train", "train", "val"):
+        grey(tmp_path / "a" / name / f"{len(name)}.png", 99)
+    assert "the classes of" not in printed(capsys, tmp_path / "a")
+    assert "are train, val; if these are splits" in printed(capsys, tmp_path / "a", labels=True)
+    grey(tmp_path / "a" / "cat" / "0.png", 99)
+    assert "if these are splits" not in printed(capsys, tmp_path / "a", labels=True)
+
+
+# --- The split -----------------------------------------------------------------------------------
+
+
+def divided(n, limit=None):
+    """The numbers of the training images and of the held-out images, of n images."""
+    images = torch.arange(n)[:, None]
+    parts = split.divide(split.Data(images, None, []), np.arange(n), limit)
+    return [part.images[:][:, 0].tolist() for part in parts]
+
+
+@pytest.mark.parametrize(
+    "n, held", [(1, 0), (39, 0), (40, 2), (60, 3), (10_000, 500), (20_000, 512)]
+)
+def test_a_twentieth_is_held_out_from_40_images_on_but_at_most_512(n, held):
+    training, apart = divided(n)
+    assert len(apart) == held and sorted(training + apart) == list(range(n))
+
+
+def test_the_split_never_changes(album):
+    """Runs that were begun with any version must keep their held-out images."""
+    assert divided(60)[1] == [16, 20, 27] and divided(60, 5)[0] == [4, 8, 34, 42, 51]
+    training, held = load(album, labels=True)
+    assert values(held) == [4 * i + 10 for i in (16, 20, 27)] and held.labels.tolist() == [0, 0, 0]
+    assert not set(values(held)) & set(values(training)) and len(training.images) == 57
+
+
+def test_images_are_counted_instead_of_files(tmp_path):
+    """50 images and 50 text files: 40 images to train on, and 2 that are held out."""
+    for i in range(50):
+        grey(tmp_path / "a" / f"{i}.png", 100 + i)
+        (tmp_path / "a" / f"{i}.txt").write_text("a caption")
+    training, held = load(tmp_path / "a", skip_broken=True, limit=40)
+    assert (len(training.images), len(held.images)) == (40, 2)
+    training, held = load(tmp_path / "a", skip_broken=True)
+    assert (len(training.images), len(held.images)) == (48, 2)
+
+
+@pytest.mark.parametrize("rule, limit", [(0, None), (0, 20), (1, None), (1, 20)])
+def test_older_runs_keep_their_split(album, rule, limit):
+    """Files were counted, even broken ones; the first runs held nothing out."""
+    for i in range(8):
+        (album / "ant" / f"{i}.txt").write_text("no image")
+    files = sorted(p for p in album.rglob("*.*"))
+    order = [files[i] for i in np.random.default_rng(0).permutation(68)]
+    held = order[: 3 * rule]
+    rest = order[3 * rule :][:limit]
+    wanted = [
+        sorted(4 * int(p.stem) + 10 for p in part if p.suffix == ".png") for part in (rest, held)
+    ]
+    got = load(album, skip_broken=True, labels=True, limit=limit, split=rule)
+    assert [values(part) for part in got] == wanted
+
+
+def test_a_checkpoint_keeps_its_rule():
+    kept = [dict(), dict(held_out=3), dict(held_out=3, split=2)]
+    assert [split.split_of(ckpt) for ckpt in kept] == [0, 1, 2]
+
+
+@pytest.fixture
+def lonely(tmp_path):
+    """Sixty images, of which number 20, which the split holds out, is the only one of class kite."""
+    for i in range(60):
+        name = "cat" if i < 20 else "kite" if i == 20 else "zebra"
+        grey(tmp_path / "pets" / name / f"{i:02d}.png", 4 * i + 10)
+    return tmp_path / "pets"
+
+
+def test_every_class_has_a_training_image(lonely, capsys):
+    """The only image of a class is not held out, whatever the limit."""
+    for limit in (None, 57, 20, 3):
+        training, held = load(lonely, labels=True, limit=limit)
+        assert training.classes == held.classes == ["cat", "kite", "zebra"]
+        assert (training.labels.bincount(minlength=3) > 0).all() and values(held) == [74, 118]
+        assert len(training.images) == (limit or 58)
+        names = [training.classes[k] for k in training.labels]
+        numbers = [(value - 10) // 4 for value in values(training)]
+        assert names == ["cat" if i < 20 else "kite" if i == 20 else "zebra" for i in numbers]
+    assert "no training image" not in capsys.readouterr().err
+
+
+def test_a_limit_below_the_number_of_classes_is_reported(lonely, capsys):
+    training, _ = load(lonely, labels=True, limit=1)
+    assert len(training.images) == 1
+    missing = ", ".join(name for k, name in enumerate(training.classes) if k != training.labels[0])
+    assert f"there is no training image of {missing}\n" in capsys.readouterr().err
+
+
+def test_a_limit_is_a_seeded_choice_and_does_not_change_the_held_out_images(album):
+    whole, few = load(album, labels=True), load(album, labels=True, limit=20)
+    assert len(few[0].images) == 20 and 5 < few[0].labels.sum() < 15
+    assert set(values(few[0])) < set(values(whole[0])) and values(few[1]) == values(whole[1])
+
+
+def test_the_classes_of_an_older_run_are_those_of_its_training_images(lonely):
+    training, held = load(lonely, labels=True, split=1)
+    assert training.classes == held.classes == ["cat", "zebra"]
+    assert training.labels.bincount().tolist() == [19, 38] and held.labels.tolist() == [0, 1]
+    assert values(held) == [74, 118]
+
+
+def test_a_labelled_image_outside_the_subfolders_is_named(album):
+    grey(album / "lost.png", 1)
+    for skip in (False, True):
+        with pytest.raises(Failure, match=r"lost.png: is in no subfolder"):
+            load(album, labels=True, skip_broken=skip)
+    (album / "lost.png").write_text("no image")
+    assert load(album, labels=True, skip_broken=True)[0].classes == ["ant", "bee"]
+
+
+def test_chosen_rows_are_those_of_a_copy():
+    images = torch.arange(40, dtype=torch.uint8).reshape(10, 1, 2, 2)
+    places = [1, 4, 7, 9]
+    rows, copy = split.Chosen(images, places), images[places]
+    assert len(rows) == 4 and rows.shape == copy.shape and rows.nbytes == copy.nbytes
+    for i in (2, slice(1, 3), torch.tensor([3, 0, 3]), torch.tensor([True, False, True, False])):
+        assert torch.equal(rows[i], copy[i])
+    assert torch.equal(rows.to("cpu"), copy) and rows.device == copy.device
+
+
+def test_a_fingerprint_is_the_checksum_of_all_bytes_up_to_10_000_images():
+    images = torch.randint(256, (25_000, 1, 2, 2), dtype=torch.uint8)
+    labels = torch.arange(25_000)
+    for n, step in ((10_000, 1), (25_000, 3)):
+        few = images[:n][::step].numpy().tobytes()
+        want = zlib.crc32(labels[:n][::step].numpy().tobytes(), zlib.crc32(few))
+        for source in (images[:n], split.Chosen(images, range(n))):
+            assert data.fingerprint(data.Data(source, labels[:n], [])) == want
+
+
+# --- Evaluation ----------------------------------------------------------------------------------
+
+
+def checkpoint_of(name, shape=(1, 8, 8), labels=False, **config):
+    """The parts of a checkpoint that name its data."""
+    how = dict(labels=labels, **config)
+    training, held = load(name, shape[1:], shape[0], **how)
+    return dict(config=dict(config, data=str(name)), shape=shape, classes=training.classes,
+                images=len(training.images), held_out=len(held.images), split=data.SPLIT,
+                fingerprint=data.fingerprint(training))  # fmt: skip
+
+
+@pytest.mark.parametrize("labels, limit", [(False, None), (True, None), (True, 20)])
+def test_an_evaluation_uses_the_held_out_images_wherever_the_folder_lies(
+    album, tmp_path, labels, limit
+):
+    ckpt = checkpoint_of(album, labels=labels, limit=limit)
+    want = values(load(album)[1])
+    moved = tmp_path / "moved"
+    for name, place in ((None, album), (str(moved), moved)):
+        found, description = data.held_out(ckpt, name, str(tmp_path / "cache"))
+        assert values(found) == want and description == f"held-out images of {place}"
+        if name is None:
+            album.rename(moved)
+    assert len(data.held_out(ckpt, str(moved), str(tmp_path / "cache"), limit=2)[0].images) == 2
+
+
+def test_an_evaluation_on_training_images_says_so(album, tmp_path):
+    for path in sorted(album.rglob("*.png"))[35:]:
+        path.unlink()
+    found, description = data.held_out(checkpoint_of(album), data_dir=str(tmp_path / "cache"))
+    assert len(found.images) == 35 and description == "images it was trained on"
+
+
+def test_other_images_are_not_called_held_out(album, tmp_path):
+    """Another folder may contain copies of the training images."""
+    grey(tmp_path / "other" / "0.png", 10)
+    found, description = data.held_out(
+        checkpoint_of(album), str(tmp_path / "other"), str(tmp_path / "cache")
     )
+    assert values(found) == [10] and description == f"images of {tmp_path / 'other'}"
 
 
-def test_a_fingerprint_takes_no_copy_of_the_images():
-    """It is that of all their bytes, computed an image at a time."""
-    images = (
-        torch.arange(40 * 3 * 64 * 64, dtype=torch.int64).to(torch.uint8).reshape(40, 3, 64, 64)
-    )
-    tracemalloc.start()
-    got = data.fingerprint(data.Data(images, torch.arange(40), []))
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert got == zlib.crc32(
-        torch.arange(40).numpy().tobytes(), zlib.crc32(images.numpy().tobytes())
-    )
-    assert peak < images.nbytes / 10, f"{peak:,} bytes"
+def test_a_training_folder_that_has_changed_is_not_evaluated(album, tmp_path):
+    ckpt = checkpoint_of(album)
+    grey(album / "ant" / "new.png", 3)
+    with pytest.raises(Failure, match=r"has changed since training.*pass other images"):
+        data.held_out(ckpt, data_dir=str(tmp_path / "cache"))
+
+
+def test_digits_are_held_out_only_from_digits():
+    ckpt = dict(config=dict(data="glyphs"), shape=(1, 16, 16), classes=list("0123456789"))
+    found, description = data.held_out(ckpt, limit=7)
+    assert len(found.images) == 7 and description == "held-out images of glyphs"
+    ckpt["config"]["data"] = "/some/folder"
+    assert data.held_out(ckpt, "glyphs", limit=7)[1] == "images of glyphs"
+    assert data.held_out(dict(ckpt, classes=[]), "glyphs", limit=7)[0].labels is None
+
+
+@pytest.mark.parametrize("given, error, words", [
+    (dict(config={}, name=None), UsageError, "--data: this checkpoint does not contain"),
+    (dict(shape=(3, 16, 16), name="glyphs"), UsageError, "its images are .1, 16, 16., but the network's"),
+    (dict(classes=["0", "1"], name="glyphs"), Failure, "the network does not know the class 2"),
+    (dict(name="glyphs", skip_broken=True), UsageError, "--skip-broken: has no effect with --data glyphs"),
+], ids=["no data", "shape", "class", "flag"])  # fmt: skip
+def test_images_that_a_network_cannot_use_are_rejected(given, error, words):
+    ckpt = dict(config=dict(data="glyphs"), shape=(1, 16, 16), classes=list("0123456789"))
+    ckpt.update((key, value) for key, value in given.items() if key in ckpt)
+    with pytest.raises(error, match=words):
+        data.held_out(ckpt, given["name"], skip_broken=given.get("skip_broken", False))
+
+
+def test_class_names_are_compared_in_one_unicode_form(album, tmp_path):
+    """macOS writes an accent as a letter of its own."""
+    composed, split_up = (unicodedata.normalize(form, "Café") for form in ("NFC", "NFD"))
+    (album / "ant").rename(album / split_up)
+    ckpt = dict(config={}, shape=(1, 8, 8), classes=["bee", composed])
+    found, _ = data.held_out(ckpt, str(album), str(tmp_path / "cache"))
+    assert found.labels.bincount().tolist() == [30, 30] and found.labels[0] == 1
+
+
+# --- Names of data sets --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file, words", [
+    (None, "is not glyphs, cifar10 or a folder"), ("data_batch_1", "contains CIFAR-10, not image files"),
+    ("notes.txt", "contains no images"),
+])  # fmt: skip
+def test_a_folder_without_images_is_rejected(tmp_path, file, words):
+    if file:
+        (tmp_path / "a").mkdir()
+        (tmp_path / "a" / file).write_text("")
+    with pytest.raises(Failure, match=words):
+        load(tmp_path / "a", skip_broken=True)
+    assert not list(tmp_path.glob("cache/*"))
+
+
+def test_a_folder_with_the_name_of_a_data_set_is_mentioned(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    data.load("glyphs", "data", limit=64)
+    assert capsys.readouterr().err == ""
+    (tmp_path / "glyphs").mkdir()
+    data.load("glyphs", "data", limit=64)
+    assert "write --data ./glyphs for your folder" in capsys.readouterr().err

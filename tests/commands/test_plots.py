@@ -26,6 +26,13 @@ def centre(picture):
     return np.array([columns @ strength, rows @ strength]) / strength.sum()
 
 
+def pixel(x, y, at):
+    """(x, y) of a point in pixels, from the two ends of both axes."""
+    across = plots.along(x, at[0], plots.LEFT, SIZE[0] - plots.RIGHT)
+    down = plots.along(y, at[1], SIZE[1] - plots.BOTTOM, plots.TOP)
+    return np.array([across[0], down[0]])
+
+
 def dot(x, y, at):
     """The centre of the one dot of a chart, in pixels."""
     return centre(plots.lines(x, y, {"dot": ([at[0]], [at[1]])}, size=SIZE, dots=True))
@@ -33,12 +40,12 @@ def dot(x, y, at):
 
 @pytest.mark.parametrize("axis", [LINEAR, LOG], ids=["linear", "log"])
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.83])
-def test_a_dot_is_drawn_where_pixel_says(axis, share):
+def test_a_dot_is_drawn_where_along_says(axis, share):
     _, low, high, log = axis
     value = low * (high / low) ** share if log else low + share * (high - low)
-    want = np.array(plots.pixel(axis, axis, value, value, SIZE))
+    want = pixel(axis, axis, (value, value))
     got = dot(axis, axis, (value, value))
-    assert np.abs(got - want).max() < NEAR, f"drawn at {got}, pixel says {want}"
+    assert np.abs(got - want).max() < NEAR, f"drawn at {got}, along says {want}"
 
 
 def test_equal_steps_are_equal_lengths_and_on_a_log_axis_equal_ratios_are():
@@ -91,10 +98,10 @@ def test_a_line_passes_through_its_points_and_stays_inside_the_axes():
     """From far outside to far outside: what is drawn ends at the axes, and lies on the straight line."""
     picture = plots.lines(LINEAR, LINEAR, {"line": ([-10, 14], [-10, 14])}, size=SIZE)
     rows, columns, strength = coloured(picture)
-    assert columns.min() > plots.LEFT - 1 and columns.max() < SIZE[0] - plots.RIGHT + 1
-    assert rows.min() > plots.TOP - 1 and rows.max() < SIZE[1] - plots.BOTTOM + 1
-    left, bottom = plots.pixel(LINEAR, LINEAR, -2, -2, SIZE)
-    right, top = plots.pixel(LINEAR, LINEAR, 6, 6, SIZE)
+    assert columns.min() > plots.LEFT - 3 and columns.max() < SIZE[0] - plots.RIGHT + 3
+    assert rows.min() > plots.TOP - 3 and rows.max() < SIZE[1] - plots.BOTTOM + 3
+    left, bottom = pixel(LINEAR, LINEAR, (-2, -2))
+    right, top = pixel(LINEAR, LINEAR, (6, 6))
     off = (columns - left) / (right - left) - (bottom - rows) / (bottom - top)
     assert abs(off @ strength / strength.sum()) * (right - left) < 2 * NEAR  # one across, one down
 
@@ -108,19 +115,44 @@ def test_a_value_that_has_no_logarithm_is_left_out():
     )
 
 
-def test_a_heat_map_has_the_colour_of_each_value_at_its_place_row_0_at_the_top():
+def test_a_heat_map_has_squares_of_whole_pixels_row_0_at_the_top():
+    """Each pixel has the colour of one value: nothing is averaged, so no moire can appear."""
     values = np.linspace(-1, 1, 12).reshape(3, 4)
-    x, y = Axis("column", 0, 4), Axis("row", 0, 3)
-    picture = np.asarray(plots.heat(x, y, values, size=SIZE))
+    x = Axis("column", 0, 4)
+    y = Axis("row", 0, 3)
+    picture = np.asarray(plots.heat(x, y, values, cell=(5, 7)))
     for i in range(3):
         for j in range(4):
-            across, down = plots.pixel(x, Axis("row", 3, 0), j + 0.5, i + 0.5, SIZE)
-            assert np.array_equal(picture[int(down), int(across)], plots.diverging(values[i, j])), (
-                i,
-                j,
-            )
-    cold, hot = plots.COLOURS[:2]
-    assert np.array_equal(plots.diverging(np.array([-1.0, 0, 1])), [cold, (255, 255, 255), hot])
+            square = picture[plots.TOP + 7 * i :, plots.LEFT + 5 * j :][1:6, 1:4]
+            assert (square == square[0, 0]).all(), (i, j)
+    corner = picture[plots.TOP + 3, plots.LEFT + 2]
+    other = picture[plots.TOP + 17, plots.LEFT + 17]
+    assert tuple(corner) == plots.COLOURS[0] and tuple(other) == plots.COLOURS[1]
+
+
+def test_a_dot_on_the_frame_is_as_large_as_one_inside():
+    """Measured by the colour that it leaves, at a corner and in the middle."""
+    sums = []
+    for value in (-2, 1.6):
+        picture = plots.lines(LINEAR, LINEAR, {"dot": ([value], [value])}, size=SIZE, dots=True)
+        sums.append(coloured(picture)[2].sum())
+    assert abs(sums[0] / sums[1] - 1) < 0.1, sums
+
+
+def test_a_legend_is_drawn_for_several_names_unless_it_is_turned_off():
+    series = {"a": ([1], [1]), "b": ([2], [2])}
+    above = (slice(plots.TOP - 18, plots.TOP - 6), slice(plots.LEFT, plots.LEFT + 14))
+    seen = []
+    for legend in (True, False):
+        picture = np.asarray(plots.lines(LINEAR, LINEAR, series, size=SIZE, legend=legend))
+        seen.append((picture[above] == plots.COLOURS[0]).all(2).any())
+    assert seen == [True, False]
+
+
+def test_the_numbers_at_ticks_are_short():
+    texts = {0: "0", 0.1 + 0.2: "0.3", 1000: "1000", 1e-6: "1e-6", 1.5e-4: "0.00015", 2e6: "2e6"}
+    for value, text in texts.items():
+        assert plots.number(value) == text
 
 
 def test_colours_differ_in_lightness_or_blueness_so_that_a_reader_who_confuses_red_and_green_can_tell_them():
@@ -145,8 +177,14 @@ def test_a_sheet_shows_each_image_unchanged_enlarged_by_a_whole_factor():
 
 
 def test_joined_pictures_stand_side_by_side_or_one_below_the_other():
-    red, blue = Image.new("RGB", (20, 10), "red"), Image.new("RGB", (30, 40), "blue")
+    red, blue = Image.new("RGB", (20, 10), "red"), Image.new("RGB", (20, 10), "blue")
     beside, below = plots.joined([red, blue]), plots.joined([red, blue], down=True)
-    assert beside.size == (50, 40) and below.size == (30, 50)
+    assert beside.size == (40, 10) and below.size == (20, 20)
     assert beside.getpixel((19, 9)) == below.getpixel((19, 9)) == (255, 0, 0)
-    assert beside.getpixel((20, 39)) == below.getpixel((29, 10)) == (0, 0, 255)
+    assert beside.getpixel((20, 0)) == below.getpixel((0, 10)) == (0, 0, 255)
+
+
+def test_a_missing_image_of_a_sheet_is_a_grey_cell():
+    """As in reverse at t = T; the image beside it keeps its place."""
+    picture = np.asarray(plots.sheet([[None, np.zeros((64, 64, 1), np.uint8)]]))
+    assert (picture[4:68, 4:68] == plots.FAINT).all() and (picture[4:68, 72:136] == 0).all()

@@ -1,12 +1,12 @@
-"""Our networks and samplers next to the real diffusers', in both directions.
+"""Compare our networks and samplers with those of diffusers, in both directions.
 
-    pip install diffusers safetensors           in an environment of their own, with requirements.txt
+    pip install diffusers safetensors           in a separate environment, with requirements.txt
     python tests/peers/compare_diffusers.py                small networks and their samplers, a minute
     python tests/peers/compare_diffusers.py --full         the published networks' sizes too, half an hour
     python tests/peers/compare_diffusers.py --fixture      writes tests/fixtures/diffusers
 
-Weights are random, and each differs from every other, norms and biases too. Prints the largest difference
-of each comparison; exits with 1 if one is larger than it may be.
+All weights are random and different, also in norms and biases. Prints the largest difference of each
+comparison and its limit. Exits with 1 if a limit is exceeded.
 """
 
 import argparse
@@ -24,6 +24,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel  # noqa: E402
+from diffusers.training_utils import EMAModel  # noqa: E402
 from diffusers.utils import logging  # noqa: E402
 
 import convert  # noqa: E402
@@ -32,13 +33,13 @@ import improved  # noqa: E402
 from support import checkpoint  # noqa: E402
 
 SAME_OUTPUT, SAME_SAMPLE = 1e-5, 1e-4  # float32, tens of layers, and those once a step
-# What each published network says, and UNet2DModel's own defaults do not.
+# The published networks have these settings, which are not UNet2DModel's defaults.
 AUTHORS = dict(act_fn="silu", attention_head_dim=None, downsample_padding=0, flip_sin_to_cos=False,
                freq_shift=1, norm_eps=1e-6, layers_per_block=2)  # fmt: skip
 
 
 def settings(widths, attention, **other):
-    """Those of a UNet2DModel with so many channels a level, and attention on some of the levels."""
+    """Return settings of a UNet2DModel with these channels per level, and attention on some levels."""
     kinds = ["Attn" * (level in attention) for level in range(len(widths))]
     return {**AUTHORS, "block_out_channels": widths, "down_block_types": [f"{k}DownBlock2D" for k in kinds],
             "up_block_types": [f"{k}UpBlock2D" for k in reversed(kinds)], **other}  # fmt: skip
@@ -60,31 +61,32 @@ SMALL = {
 
 
 def network(config, seed=0):
-    """Their network with these settings. All of its weights are different ones."""
+    """Return diffusers' network with these settings, in which all weights differ."""
     torch.manual_seed(seed)
     net = UNet2DModel(**config).eval()
     with torch.no_grad():
         for weights in net.parameters():
-            if weights.ndim == 1:  # where training begins, norms are 1 and biases 0
+            if weights.ndim == 1:  # initially, norms are 1 and biases 0
                 weights.add_(0.1 * torch.randn_like(weights))
     return net
 
 
-def converted(source, out, classes=None):
-    """`source` through convert.py, without its report."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        convert.main(convert.Config(ckpt=str(source), out=str(out), classes=classes), set())
+def converted(source, out, **flags):
+    """Run convert.py without its report, and return `out`."""
+    cfg = convert.Config(ckpt=str(source), out=str(out), **flags)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        convert.main(cfg, set(flags))
     return out
 
 
 @torch.no_grad()
-def output_error(theirs, net, steps, batch, y=None):
-    """The largest difference of two networks, over steps counted from 1, one image each."""
+def output_error(theirs, net, timesteps, batch, y=None):
+    """Return the largest difference of two networks over timesteps from 1 on, with one image each."""
     size = theirs.config.sample_size
     H, W = (size, size) if isinstance(size, int) else size
     worst = 0.0
-    for first in range(0, len(steps), batch):
-        t = torch.tensor(steps[first : first + batch])
+    for first in range(0, len(timesteps), batch):
+        t = torch.tensor(timesteps[first : first + batch])
         x = torch.randn(len(t), theirs.config.in_channels, H, W)
         labels = None if y is None else torch.arange(len(t)) % y
         a, b = (
@@ -99,7 +101,7 @@ def output_error(theirs, net, steps, batch, y=None):
 
 
 def old_names(folder):
-    """Renames the attention of a saved network as it was called before 2023."""
+    """Rename the attention of a saved network to its names before 2023."""
     from safetensors.torch import load_file, save_file
 
     path = folder / "diffusion_pytorch_model.safetensors"
@@ -112,8 +114,8 @@ def old_names(folder):
     save_file(weights, path, metadata={"format": "pt"})
 
 
-class Judge:
-    """Prints each comparison, and remembers whether all were close enough."""
+class Report:
+    """Print each comparison, and remember whether one exceeded its limit."""
 
     failed = False
 
@@ -123,31 +125,63 @@ class Judge:
         print(f"{verdict:>9}  {error:.1e} of {allowed:.0e}  {what}", flush=True)
 
 
-def compare_networks(judge, folder, name, config, steps, batch=20):
-    """Written by diffusers, by either generation and in either format; read by us; written by us again."""
+def compare_networks(report, folder, name, config, timesteps, batch=20):
+    """diffusers writes a network in each of its formats; we read it, write it, and diffusers reads it."""
     theirs, y = network(config), config.get("num_class_embeds")
-    classes = ",".join(f"class {i}" for i in range(y - 1)) if y else None
+    classes = dict(classes=",".join(f"class {i}" for i in range(y - 1))) if y else {}
     learned = theirs.config.out_channels > theirs.config.in_channels
     scheduler = DDPMScheduler(variance_type="learned_range" if learned else "fixed_large")
     theirs.save_pretrained(folder / "new" / "unet")
     scheduler.save_pretrained(folder / "new" / "scheduler")
-    ckpt, ours, _ = checkpoint.load_model(converted(folder / "new", folder / "new.pt", classes))
-    judge(f"{name}: diffusers to ours", output_error(theirs, ours, steps, batch, y), SAME_OUTPUT)
+    ckpt, ours, _ = checkpoint.load_model(converted(folder / "new", folder / "new.pt", **classes))
+    report(
+        f"{name}: diffusers to ours", output_error(theirs, ours, timesteps, batch, y), SAME_OUTPUT
+    )
 
     back = UNet2DModel.from_pretrained(converted(folder / "new.pt", f"{folder}/back/")).eval()
-    judge(f"{name}: ours to diffusers", output_error(back, ours, steps, batch, y), SAME_OUTPUT)
+    report(f"{name}: ours to diffusers", output_error(back, ours, timesteps, batch, y), SAME_OUTPUT)
+    converted(folder / "new.pt", f"{folder}/bf16/", dtype="bf16")
+    back = UNet2DModel.from_pretrained(folder / "bf16").eval()
+    _, direct, _ = checkpoint.load_model(folder / "bf16")  # no convert.py in between
+    error = output_error(back, direct, timesteps, batch, y)
+    report(f"{name}: a bf16 folder, in both", error, SAME_OUTPUT)
 
-    theirs.save_pretrained(folder / "bin", safe_serialization=False)
-    theirs.save_pretrained(folder / "old")
+    formats = dict(bin=dict(safe_serialization=False), sharded=dict(max_shard_size="20KB"), old={},
+                   fp16=dict(variant="fp16"))  # fmt: skip
+    for kind, how in formats.items():
+        theirs.save_pretrained(folder / kind, **how)
+        scheduler.save_pretrained(folder / kind)
     old_names(folder / "old")
     loads = UNet2DModel.from_pretrained(folder / "old").eval()
-    error = output_error(loads, ours, steps[:1], 1, y)
-    judge(f"{name}: the old names, in diffusers", error, SAME_OUTPUT)
-    for kind in ("bin", "old"):
-        scheduler.save_pretrained(folder / kind)
-        again = checkpoint.load(converted(folder / kind, folder / f"{kind}.pt", classes))
+    error = output_error(loads, ours, timesteps[:1], 1, y)
+    report(f"{name}: the old names, in diffusers", error, SAME_OUTPUT)
+    for kind in formats:
+        again = checkpoint.load(converted(folder / kind, folder / f"{kind}.pt", **classes))
         same = all(torch.equal(again["ema"][k], v) for k, v in ckpt["ema"].items())
-        judge(f"{name}: the {kind} format is the same network", 0 if same else torch.inf, 0)
+        files = len(list((folder / kind).glob("diffusion*")))
+        report(f"{name}: {kind} ({files} files) is the same network", 0 if same else torch.inf, 0)
+
+
+def compare_trained_average(report, folder):
+    """The folder of diffusers' trainer: unet/ has the last weights, and unet_ema/ their average."""
+    net = network(SMALL["two levels"])
+    average = EMAModel(net.parameters(), use_ema_warmup=True, inv_gamma=1.0, power=0.75,
+                       model_cls=UNet2DModel, model_config=net.config)  # fmt: skip
+    for _ in range(5):  # the first average is a copy of the weights
+        with torch.no_grad():
+            for weights in net.parameters():
+                weights.mul_(0.95)
+        average.step(net.parameters())
+    net.save_pretrained(folder / "unet")
+    average.save_pretrained(folder / "unet_ema")
+    DDPMScheduler(20).save_pretrained(folder / "scheduler")
+    ckpt, ours, _ = checkpoint.load_model(folder)
+    theirs = UNet2DModel.from_pretrained(folder, subfolder="unet_ema").eval()
+    report("unet_ema of diffusers' trainer", output_error(theirs, ours, [1, 20], 2), SAME_OUTPUT)
+    last = net.state_dict()["conv_in.weight"]
+    report(
+        "and not unet", 0 if not torch.equal(ckpt["ema"]["conv_in.weight"], last) else torch.inf, 0
+    )
 
 
 SCHEDULERS = {
@@ -164,7 +198,7 @@ SCHEDULERS = {
 
 @torch.no_grad()
 def sample_theirs(net, scheduler, seed=0):
-    """What DDPMPipeline does, before it turns its images into pixels."""
+    """Sample as DDPMPipeline does, without the conversion to pixels."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(4, 3, 8, 8, generator=generator)
     scheduler.set_timesteps(scheduler.config.num_train_timesteps)
@@ -174,52 +208,55 @@ def sample_theirs(net, scheduler, seed=0):
 
 
 def sample_ours(path, seed=0):
-    """The same noise through ddpm.py's own loop, with the variance and clipping of the checkpoint."""
+    """Sample with the same noise by ddpm.py, with the variance and clipping of the checkpoint."""
     ckpt, net, d = checkpoint.load_model(path)
-    variance, clip, generator = (
-        ckpt["process"]["variance"],
-        ckpt["process"]["clip"],
-        torch.Generator(),
-    )
-    x = torch.randn(4, 3, 8, 8, generator=generator.manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(x):
+        return torch.randn(x.shape, generator=generator)
+
+    xT = noise(torch.empty(4, 3, 8, 8))
+    variance, clip = ckpt["process"]["variance"], ckpt["process"]["clip"]
     if variance == "learned":
-        return improved.sample_ancestral(net, d, x, clip, generator)
-    return ddpm.sample_ancestral(net, d, x, getattr(d, variance), clip, generator)
+        return improved.sample_ancestral(net, d, xT, clip=clip, noise=noise)
+    return ddpm.sample_ancestral(net, d, xT, getattr(d, variance), clip=clip, noise=noise)
 
 
-def compare_sampling(judge, folder, name, scheduler):
-    """Whole runs, there and back."""
+def compare_sampling(report, folder, name, scheduler):
+    """Compare whole sampling runs, with the folder of diffusers and with ours."""
     learned = scheduler.config.variance_type == "learned_range"
     theirs = network(SMALL["learned variances" if learned else "two levels"])
     DDPMPipeline(theirs, scheduler).save_pretrained(folder / "theirs")
     x0 = sample_ours(converted(folder / "theirs", folder / "ours.pt"))
     error = (sample_theirs(theirs, scheduler) - x0).abs().max() / x0.abs().max().clamp(min=1)
-    judge(f"{name}: 20 steps by ours", error.item(), SAME_SAMPLE)
+    report(f"{name}: 20 timesteps by ours", error.item(), SAME_SAMPLE)
     converted(folder / "ours.pt", f"{folder}/back/")
     with contextlib.redirect_stderr(io.StringIO()):  # progress bars
         pipeline = DDPMPipeline.from_pretrained(folder / "back")
         drawn = pipeline(4, torch.Generator().manual_seed(0), 20, output_type="np").images
     pixels = (x0 / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
-    judge(f"{name}: 20 steps by DDPMPipeline", float(np.abs(drawn - pixels).max()), SAME_SAMPLE)
+    report(
+        f"{name}: 20 timesteps by DDPMPipeline", float(np.abs(drawn - pixels).max()), SAME_SAMPLE
+    )
 
 
-def compare_ddim(judge, folder):
-    """DDIM needs no variance: its scheduler's settings are read as well."""
+def compare_ddim(report, folder):
+    """Compare DDIM. Its scheduler has no variance in its settings."""
     theirs, scheduler = network(SMALL["two levels"]), DDIMScheduler(20, beta_end=0.3)
     theirs.save_pretrained(folder)
     scheduler.save_pretrained(folder)
     _, net, d = checkpoint.load_model(converted(folder, folder / "ours.pt"))
     x = torch.randn(4, 3, 8, 8)
-    x0 = ddpm.sample_ddim(net, d, x, range(1, 21))
+    x0 = ddpm.sample_ddim(net, d, x, list(range(1, 21)))
     scheduler.set_timesteps(20)
     with torch.no_grad():
         for t in scheduler.timesteps:
             x = scheduler.step(theirs(x, t).sample, t, x, use_clipped_model_output=True).prev_sample
-    judge("DDIM: 20 steps", (x - x0).abs().max().item(), SAME_SAMPLE)
+    report("DDIM: 20 timesteps", (x - x0).abs().max().item(), SAME_SAMPLE)
 
 
 def write_fixture(folder):
-    """A small network, what it says at each of its 20 steps, and what it samples from seed 0."""
+    """Write a small network, its outputs at each of 20 timesteps, and its samples from seed 0."""
     shutil.rmtree(folder, ignore_errors=True)
     config = settings((8, 16), (1,), sample_size=8, norm_num_groups=4, layers_per_block=1)
     net, scheduler = (
@@ -240,7 +277,7 @@ def main():
     parser.add_argument(
         "--fixture", action="store_true", help="write tests/fixtures/diffusers instead"
     )
-    given, judge = parser.parse_args(), Judge()
+    given, report = parser.parse_args(), Report()
     logging.set_verbosity_error()
     if given.fixture:
         return write_fixture(ROOT / "tests" / "fixtures" / "diffusers")
@@ -250,13 +287,14 @@ def main():
         cases["celebahq-256 at 64x64"] = LARGE, list(range(50, 1001, 50))
     for name, (config, steps) in cases.items():
         with tempfile.TemporaryDirectory() as folder:
-            compare_networks(judge, pathlib.Path(folder), name, config, steps)
+            compare_networks(report, pathlib.Path(folder), name, config, steps)
     for name, scheduler in SCHEDULERS.items():
         with tempfile.TemporaryDirectory() as folder:
-            compare_sampling(judge, pathlib.Path(folder), name, scheduler)
-    with tempfile.TemporaryDirectory() as folder:
-        compare_ddim(judge, pathlib.Path(folder))
-    sys.exit(judge.failed)
+            compare_sampling(report, pathlib.Path(folder), name, scheduler)
+    for compare in (compare_ddim, compare_trained_average):
+        with tempfile.TemporaryDirectory() as folder:
+            compare(report, pathlib.Path(folder))
+    sys.exit(report.failed)
 
 
 if __name__ == "__main__":

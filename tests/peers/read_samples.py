@@ -1,11 +1,11 @@
-"""Do the tools that compute FID read from sample.py's files the images that sample.py drew?
+"""Check that the tools that compute FID read sample.py's files correctly.
 
-    pip install pytorch-fid clean-fid            in an environment of their own, with requirements.txt
+    pip install pytorch-fid clean-fid            in a separate environment, with requirements.txt
     python tests/peers/read_samples.py --evaluator guided-diffusion/evaluations/evaluator.py
 
-Each tool's own reading function runs on images of a small network, grey and in colour; their Inception
-networks, which they download, are left out. The evaluator is a file of openai/guided-diffusion, and is
-optional; its TensorFlow is not needed. Exits with 1 if a pixel differs.
+Runs each tool's own reading function on images of a small network, grey and in colour, without the
+Inception networks, which these tools download. The evaluator is a file of openai/guided-diffusion. It is
+optional and does not need TensorFlow here. Exits with 1 if a pixel differs.
 """
 
 import argparse
@@ -29,7 +29,7 @@ N = 12
 
 
 def samples(folder, channels):
-    """N images of a network of random weights, by sample.py: the folder, the .npz and the pixels."""
+    """Sample N images of a random network; return the folder, the .npz file and its pixels."""
     network = dict(in_channels=channels, out_channels=channels, ch=8, mult=(1, 2), blocks=1, attention=(),
                    dropout=0.0, groups=4, num_classes=None)  # fmt: skip
     weights = ddpm.UNet(**network).state_dict()
@@ -44,7 +44,7 @@ def samples(folder, channels):
 
 
 def pytorch_fid(folder):
-    """Its data set, over the files that it would find: uint8 (N, H, W, 3)."""
+    """Return the images that its data set reads from a folder: uint8 (N, H, W, 3)."""
     from pytorch_fid.fid_score import IMAGE_EXTENSIONS, TF, ImagePathDataset
 
     files = sorted(file for ext in IMAGE_EXTENSIONS for file in folder.glob(f"*.{ext}"))
@@ -53,7 +53,7 @@ def pytorch_fid(folder):
 
 
 def clean_fid(folder):
-    """Its whole way to the features, through a network that passes pixels on, without the resizing."""
+    """Return the images that reach its network, without the resizing."""
     from cleanfid import fid
 
     rows = fid.get_folder_features(str(folder), lambda x: x.flatten(1), num_workers=0, batch_size=5,
@@ -63,7 +63,7 @@ def clean_fid(folder):
 
 
 def adm(npz, evaluator):
-    """The batches that the evaluator of guided-diffusion feeds to its network."""
+    """Return the images that reach the network of guided-diffusion's evaluator."""
     tensorflow = types.ModuleType("tensorflow")
     tensorflow.compat = tensorflow.v1 = tensorflow
     names = ("tensorflow", "tensorflow.compat", "tensorflow.compat.v1")

@@ -1,31 +1,32 @@
-"""A device that stands for the GPUs that a machine does not have: its tensors lie on the CPU.
+"""A simulated GPU: the device "far", whose tensors are stored and computed on the CPU.
 
     with far.device() as reads:
-        x = torch.randn(2, 3, device="far")          the CPU computes it, with its own kernels
-        x + torch.ones(3)                            RuntimeError: no GPU mixes with the CPU
-        x.double(), torch.zeros(3).double()[:] = x   TypeError: an Apple GPU has no float64
-        torch.ones(3).to("far", non_blocking=True)   nan: an Apple GPU may find that memory freed
-        x.sum().item(), x.cpu()                      each is noted in `reads`: here the host waits
+        x = torch.randn(2, 3, device="far")          computed by the CPU's kernels
+        x + torch.ones(3)                            RuntimeError, because a GPU does not mix with the CPU
+        x.double(), torch.zeros(3).double()[:] = x   TypeError, because an Apple GPU has no float64
+        torch.ones(3).to("far", non_blocking=True)   nan, because an Apple GPU may read freed memory
+        x.sum().item(), x.cpu()                      recorded in `reads`, because the host waits here
 
-Such a tensor is one of the kind that PyTorch has for devices of others, and holds one of the CPU.
+It uses PyTorch's interface for devices of other vendors. --float64-device allows float64 on the device.
 """
 
 import contextlib
 
 import pytest
 import torch
-from judge import close
+from checks import close
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
-COPIES = (aten._to_copy.default, aten.copy_.default)  # of the first argument, and of the second
+COPIES = (aten._to_copy.default, aten.copy_.default)  # copy the first argument, and the second
+FLOAT64 = False  # whether the far device has float64; conftest.py sets it from --float64-device
 ANSWERS = (aten._local_scalar_dense.default, aten.is_nonzero.default, aten.equal.default,
            aten.nonzero.default, aten.masked_select.default)  # fmt: skip
 
 
 class Far(torch.Tensor):
-    """What the program holds; `near` is the tensor on the CPU."""
+    """A tensor on the far device. `near` is its data on the CPU."""
 
     @staticmethod
     def __new__(cls, near):
@@ -35,19 +36,22 @@ class Far(torch.Tensor):
     def __init__(self, near):
         self.near = near
 
-    def __repr__(self):
-        return f"{self.near!r} far away"
+    def __format__(self, spec):
+        return format(self.item(), spec) if spec else repr(self)
 
-    def __reduce_ex__(self, protocol):  # saved, it is a tensor like any
+    def __repr__(self):
+        return f"{self.near!r} (far)"
+
+    def __reduce_ex__(self, protocol):  # saved as an ordinary tensor
         return self.near.__reduce_ex__(protocol)
 
     @classmethod
     def __torch_dispatch__(cls, op, types, args=(), kwargs=None):
-        raise RuntimeError(f"{op}: its device is gone")
+        raise RuntimeError(f"{op}: the far device is only available inside far.device()")
 
 
 class Simulation(TorchDispatchMode):
-    """Does every operation on the CPU, and notes, refuses and spoils what a GPU would."""
+    """Run each operation on the CPU. Record synchronisations, and raise or return nan where a GPU would."""
 
     def __init__(self):
         super().__init__()
@@ -70,19 +74,24 @@ class Simulation(TorchDispatchMode):
             mixed = [tuple(x.shape) for x in tensors if x.ndim and not isinstance(x, Far)]
             if mixed:
                 raise RuntimeError(
-                    f"{op}: a tensor {mixed[0]} of the CPU among those of the far device"
+                    f"{op}: a CPU tensor {mixed[0]} together with tensors on the far device"
                 )
         out = op(*replaced(near, args), **{name: replaced(near, x) for name, x in kwargs.items()})
-        if (far or goes_far) and torch.float64 in {x.dtype for x in tensors_in(out)}:
-            raise TypeError(f"{op}: float64 on the far device, or read from it")
+        if (
+            not FLOAT64
+            and (far or goes_far)
+            and torch.float64 in {x.dtype for x in tensors_in(out)}
+        ):
+            raise TypeError(
+                f"{op}: float64 on the far device, or read from it (--float64-device allows it)"
+            )
         arrives = op in COPIES and goes_far and not isinstance(args[COPIES.index(op)], Far)
         if arrives and (kwargs.get("non_blocking") or True in args[2:]):
             out.fill_(float("nan") if out.is_floating_point() else 113)
         if not goes_far:
             return out
-        return replaced(
-            lambda x: far[id(x)] if id(x) in far else Far(x), out
-        )  # the same, if in place
+        # An in-place operation returns its argument.
+        return replaced(lambda x: far[id(x)] if id(x) in far else Far(x), out)
 
 
 def near(x):
@@ -98,14 +107,14 @@ def tensors_in(x):
 
 
 def replaced(function, x):
-    """x, in which each tensor has become function(tensor)."""
+    """Return x with each tensor replaced by function(tensor)."""
     if isinstance(x, (list, tuple)):
         return type(x)([replaced(function, y) for y in x])
     return function(x) if isinstance(x, torch.Tensor) else x
 
 
 class Module:
-    """What torch asks of a device's module: it is none to be chosen by itself, nor has it seeds."""
+    """The module that torch requires for a device. It is never chosen by itself and has no seeds."""
 
     @staticmethod
     def is_available():
@@ -124,7 +133,7 @@ class Module:
         pass
 
 
-# conftest.py imports this file: a device that autograd was once used without, it never gets to know.
+# conftest.py imports this file early: autograd ignores devices that are registered after its first use.
 register = getattr(backend_registration, "_setup_privateuseone_for_python_backend", None)
 if register:
     register("far", Module)
@@ -132,13 +141,11 @@ if register:
 
 @contextlib.contextmanager
 def device():
-    """The far device is there, and what is read back from it is listed."""
+    """Make the far device available. Return the list of operations that read from it."""
     if not register:
-        pytest.skip(f"torch {torch.__version__} takes no device that is written in Python")
+        pytest.skip(f"torch {torch.__version__} does not support devices written in Python")
     before = torch._C._only_lift_cpu_tensors()
-    torch._C._set_only_lift_cpu_tensors(
-        True
-    )  # so that torch.tensor sends what it makes as x.to does
+    torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor then copies to the device as x.to does
     try:
         with Simulation() as mode:
             yield mode.reads
@@ -147,8 +154,10 @@ def device():
 
 
 def agrees(results, *given, tol=0.0):
-    """Assert that results(*given), named tensors, are the same far away, whatever the default device, and
-    that none is read back; tol is in units of the largest number in them."""
+    """Assert that results(*given), a dict of tensors, is the same on the far device without synchronisation.
+
+    The default device makes no difference. tol is in units of the largest value.
+    """
     __tracebackhide__ = True
     wanted = results(*given)
     scale = max(x.abs().max() for x in wanted.values())

@@ -1,22 +1,21 @@
-"""Gradients: of every function with respect to everything that it is made of.
+"""Gradients of every function with respect to each of its inputs.
 
-Along a random direction u, the derivative that autograd gives is compared with (f(x + h u) - f(x - h u)) / 2h
-of the reference, or, of a network, of its own outputs, which section 9 judges. One cut path is seen: its
-share of the slope is missing.
+The derivative of autograd along a random direction u is compared with the difference quotient
+(f(x + h u) - f(x - h u)) / 2h of the reference. For a network, it is the quotient of its own outputs, whose values
+section 9 tests. A path that passes no gradient is visible, because its share of the slope is missing.
 """
 
 import inspect
 
-import judge
+import checks
 import numpy as np
 import pytest
 import torch
-from judge import close
+from calls import ddpm, improved, likelihood
+from checks import close
 from test_6_ancestral import BRUTAL
-from test_contract import MADE, inputs
+from test_contract import MADE, inputs, weights
 
-import ddpm
-import improved
 import reference_numpy as ref
 
 LN2 = np.log(2)
@@ -25,7 +24,7 @@ H = 1e-5
 
 
 def coefficients():
-    """(signal, noise, c_0, c_t, beta_tilde) at the t of each of three images, to scale them."""
+    """Return (signal, noise, c_0, c_t, beta_tilde), each (3, 1, 1, 1): one t for each of three images."""
     signal, noise = ref.forward_moments(BRUTAL)
     posterior = np.array([ref.posterior(BRUTAL, t) for t in T_OF_EACH]).T
     rows = signal[T_OF_EACH], noise[T_OF_EACH] ** 0.5, *posterior
@@ -33,18 +32,19 @@ def coefficients():
 
 
 def mean(x0, xt):
-    """mu_tilde."""
+    """Return mu_tilde (eq. 7)."""
     _, _, c_0, c_t, _ = coefficients()
     return c_0 * x0 + c_t * xt
 
 
 def solved(xt, eps):
-    """x0 of eq. 15."""
+    """Return the predicted x0 (eq. 15)."""
     signal, noise, *_ = coefficients()
     return (xt - noise * eps) / signal
 
 
 def noisy(x0, eps):
+    """Return xt (eq. 4)."""
     signal, noise, *_ = coefficients()
     return signal * x0 + noise * eps
 
@@ -54,21 +54,43 @@ def learned_variances(v):
 
 
 def kl_bits(x0, xt, mu, sigma2):
-    """L_{t-1} of each image, in bits per dimension."""
+    """Return L_{t-1} (3,) in bits/dim."""
     var = coefficients()[-1]
     return (ref.gaussian_kl(mean(x0, xt), var, mu, sigma2) / LN2).reshape(3, -1).mean(1)
 
 
-def decoder_bits(xt, eps, v):
-    """L_0 of the images of `inputs`, whose x0 is fixed: it is on levels; t = 1, and no clipping."""
+def levels():
+    """Return the levels k of the images x0 of `inputs`."""
+    return np.round((inputs()["x0"].numpy() + 1) * 127.5)
+
+
+def decoder_bits(mu, sigma2):
+    """Return L_0 (3,) in bits/dim. x0 stays on its levels."""
+    return (-ref.decoder_log_prob(levels(), mu, sigma2) / LN2).reshape(3, -1).mean(1)
+
+
+def solved_at_1(xt, eps):
+    """Return mu_theta at t = 1, which is the predicted x0."""
     signal, noise = ref.forward_moments(BRUTAL)
-    k = np.round((inputs()["x0"].numpy() + 1) * 127.5)
-    mu, sigma2 = (xt - noise[1] ** 0.5 * eps) / signal[1], ref.learned_variance(BRUTAL, 1, v)
-    return (-ref.decoder_log_prob(k, mu, sigma2) / LN2).reshape(3, -1).mean(1)
+    return (xt - noise[1] ** 0.5 * eps) / signal[1]
+
+
+def ddim_mean(xt, eps, t, s, eta):
+    """Return the mean of DDIM eq. 12."""
+    signal, noise = ref.forward_moments(BRUTAL)
+    k_0, k_t, _ = ref.ddim_step(BRUTAL, t, s, eta)
+    return k_0 * (xt - noise[t] ** 0.5 * eps) / signal[t] + k_t * xt
+
+
+def ancestral_mean(xt, eps, t):
+    """Return mu_theta (eq. 11)."""
+    signal, noise = ref.forward_moments(BRUTAL)
+    c_0, c_t, _ = ref.posterior(BRUTAL, t)
+    return c_0 * (xt - noise[t] ** 0.5 * eps) / signal[t] + c_t * xt
 
 
 def hybrid_model(w, v):
-    """eps = w whatever xt is, so that L_vlb, which detaches it, depends on w in no other way."""
+    """Return a model with eps = w for each xt, so that L_vlb, which detaches eps, does not depend on w."""
     return lambda xt, t: torch.cat([w, v * xt], dim=1)
 
 
@@ -77,7 +99,7 @@ def d():
 
 
 def two_nets(none, w, eps):
-    """A labelled model: tanh(w xt) for images without a label, tanh(eps xt) for the others."""
+    """Return a labelled model: tanh(w xt) for images without a label, tanh(eps xt) for the others."""
 
     def net(xt, t, y):
         copies = len(y) // len(w)
@@ -90,7 +112,7 @@ def two_nets(none, w, eps):
 
 
 t = torch.from_numpy(T_OF_EACH)
-# Of each function: how it is called, and the reference. The names are those of `inputs`; w is a second xt.
+# Each function: how it is called, and the reference. The arguments are those of `inputs`; w is a second xt.
 SMOOTH = {
     "q_sample": (lambda x0, eps: d().q_sample(x0, t, eps), noisy),
     "posterior_mean": (lambda x0, xt: d().posterior_mean(x0, xt, t), mean),
@@ -103,11 +125,25 @@ SMOOTH = {
                              lambda xt, eps: mean(solved(xt, eps).clip(-1, 1), xt)),
     "loss_simple": (lambda x0, eps, w: ddpm.loss_simple(lambda xt, t: torch.tanh(w * xt), d(), x0, t, eps),
                     lambda x0, eps, w: ((eps - np.tanh(w * noisy(x0, eps))) ** 2).mean()),
-    "normal_kl": (lambda xt, v, eps, w: ddpm.normal_kl(xt, v.exp(), eps, w.exp()),
+    "ancestral_step": (lambda xt, eps: ddpm.ancestral_step(
+        d(), xt, 3, eps, 0 * d().beta, clip=False), lambda xt, eps: ancestral_mean(xt, eps, 3)),
+    "ancestral_step at t = 1": (lambda xt, eps: ddpm.ancestral_step(d(), xt, 1, eps, clip=False),
+                                solved_at_1),
+    "ddim_step": (lambda xt, eps: ddpm.ddim_step(d(), xt, 4, 2, eps, clip=False),
+                  lambda xt, eps: ddim_mean(xt, eps, 4, 2, 0.0)),
+    "ddim_step with clipping": (
+        lambda xt, eps: ddpm.ddim_step(d(), xt, 4, 0, eps),
+        lambda xt, eps: ddim_mean(xt, eps, 4, 0, 0.0).clip(-1, 1)),
+    "normal_kl": (lambda xt, v, eps, w: likelihood.normal_kl(xt, v.exp(), eps, w.exp()),
                   lambda xt, v, eps, w: ref.gaussian_kl(xt, np.exp(v), eps, np.exp(w))),
     "discretized_log_likelihood": (
-        lambda xt, v: ddpm.discretized_log_likelihood(inputs()["x0"], xt, v.exp()),
-        lambda xt, v: ref.decoder_log_prob(np.round((inputs()["x0"].numpy() + 1) * 127.5), xt, np.exp(v))),
+        lambda xt, v: likelihood.discretized_log_likelihood(inputs()["x0"], xt, v.exp()),
+        lambda xt, v: ref.decoder_log_prob(levels(), xt, np.exp(v))),
+    "bound_term": (lambda x0, xt, eps, v: likelihood.bound_term(d(), x0, xt, t, eps, v.exp()),
+                   lambda x0, xt, eps, v: kl_bits(x0, xt, eps, np.exp(v))),
+    "bound_term at t = 1": (
+        lambda xt, v: likelihood.bound_term(d(), inputs()["x0"], xt, 1, xt, v.exp()),
+        lambda xt, v: decoder_bits(xt, np.exp(v))),
     "improved.variance": (lambda v: improved.variance(d(), t, v), learned_variances),
     "improved.eps_only": (lambda xt, w: improved.eps_only(
         lambda xt, t: torch.cat([torch.tanh(w * xt), xt], dim=1))(xt, t), lambda xt, w: np.tanh(w * xt)),
@@ -116,14 +152,16 @@ SMOOTH = {
         lambda x0, xt, eps, v: kl_bits(x0, xt, mean(solved(xt, eps), xt), learned_variances(v))),
     "improved.bound_term at t = 1": (
         lambda xt, eps, v: improved.bound_term(d(), inputs()["x0"], xt, 1, eps, v, clip=False),
-        decoder_bits),
+        lambda xt, eps, v: decoder_bits(solved_at_1(xt, eps), ref.learned_variance(BRUTAL, 1, v))),
+    "improved.ancestral_step at t = 1": (lambda xt, eps: improved.ancestral_step(
+        d(), xt, 1, eps, torch.zeros_like(xt), clip=False), solved_at_1),
     "improved.loss_hybrid": (
-        lambda x0, eps, v: improved.loss_hybrid(hybrid_model(inputs()["xt"], v), d(), x0, t, eps, 0.1),
+        lambda x0, eps, v: improved.loss_hybrid(hybrid_model(inputs()["xt"], v), d(), x0, t, eps, weight=0.1),
         lambda x0, eps, v: ((eps - inputs()["xt"].numpy()) ** 2).mean() + 0.1 * 4 * kl_bits(
             x0, noisy(x0, eps), mean(solved(noisy(x0, eps), inputs()["xt"].numpy()), noisy(x0, eps)),
             learned_variances(v * noisy(x0, eps))).mean()),
-    "improved.strided": (
-        lambda xt, w: improved.strided(lambda xt, t: torch.tanh(w * xt), d(), [2, 4])[0](xt, t - 2),
+    "improved.respaced": (
+        lambda xt, w: improved.respaced(lambda xt, t: torch.tanh(w * xt), d(), [2, 4])[0](xt, t - 2),
         lambda xt, w: np.tanh(w * xt)),
 }  # fmt: skip
 for scale in (0.0, -1.0, 2.0):
@@ -138,14 +176,14 @@ for scale in (0.0, -1.0, 2.0):
 def compare(function, reference, given, name):
     """Assert that the slope of `function` in the argument `name`, along a direction, is the reference's.
 
-    Of values of order 1, a difference over 2 H is good to EPS / H = 2e-11, and H^2 = 1e-10 times a third
-    derivative; 1e-6 leaves room for slopes that cancel, and a cut path costs orders more.
+    For values of order 1, the quotient has an error of EPS / H = 2e-11, and of H^2 = 1e-10 times a third
+    derivative. 1e-6 leaves room for slopes that cancel. A missing path causes a far larger error.
     """
     __tracebackhide__ = True
     x = given[name].clone().requires_grad_()
-    u = torch.randn(x.shape, generator=judge.generator(21), dtype=torch.float64)
+    u = torch.randn(x.shape, generator=checks.generator(21), dtype=torch.float64)
     value = function(**{**given, name: x})
-    c = torch.randn(value.shape, generator=judge.generator(22), dtype=torch.float64)
+    c = torch.randn(value.shape, generator=checks.generator(22), dtype=torch.float64)
     slope = None
     if value.requires_grad:
         (slope,) = torch.autograd.grad((c * value).sum(), x, allow_unused=True)
@@ -162,16 +200,32 @@ PAIRS = [(function, name) for function in SMOOTH for name in inspect.signature(S
 
 @pytest.mark.parametrize("function, name", PAIRS, ids=lambda x: x)
 def test_gradients_are_the_slopes_of_the_reference(function, name):
-    """In the image, the noise, the variances, and whatever a model is made of: nothing is detached, no clip
-    passes a gradient where it cuts."""
+    """In images, noise, variances and models: nothing is detached, and clipping stops the gradient."""
     torch_form, numpy_form = SMOOTH[function]
-    pool = dict(inputs(), w=torch.from_numpy(np.random.default_rng(3).normal(size=(3, 2, 4, 4))))
-    given = {key: pool[key] for key in inspect.signature(torch_form).parameters if key != "scale"}
 
     def reference(**given):
         return numpy_form(**{key: x.numpy() for key, x in given.items()})
 
-    compare(torch_form, reference, given, name)
+    compare(torch_form, reference, tensors_of(torch_form), name)
+
+
+def tensors_of(function, dtype=torch.float64):
+    """Return the arguments of a function of SMOOTH."""
+    pool = inputs()
+    pool["w"] = torch.randn(pool["xt"].shape, generator=checks.generator(3), dtype=torch.float64)
+    names = [key for key in inspect.signature(function).parameters if key != "scale"]
+    return {key: pool[key].to(dtype) for key in names}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("function", SMOOTH)
+def test_values_are_those_of_the_reference(function, dtype):
+    """In float64 and in float32, for images that are not square. Sums of 48 terms of order 1 are rounded."""
+    torch_form, numpy_form = SMOOTH[function]
+    given = tensors_of(torch_form, dtype)
+    want = numpy_form(**{key: x.double().numpy() for key, x in given.items()})
+    scale = 1 + abs(np.asarray(want))
+    close("value", torch_form(**given), want, 256 * torch.finfo(dtype).eps, scale)
 
 
 # --- The network ---------------------------------------------------------------------------------
@@ -187,15 +241,15 @@ LAYERS = {
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_gradients_of_the_network_are_the_slopes_of_its_outputs(layer):
-    """In its input and its embedding, and in all its weights together, the row for no label too: no skip,
-    no residual branch, no shortcut is cut off."""
+    """In its input, its embedding and all its weights, with the row for "no label": no skip connection,
+    residual branch or shortcut is detached."""
     net, pool = MADE[layer](), dict(inputs(), y=Y, t=t)
-    names = {name: p.shape for name, p in net.named_parameters()}
+    names = {name: p.shape for name, p in net.named_parameters() if p.requires_grad}
     given = {key: pool[key] for key in LAYERS[layer]}
-    given["weights"] = torch.cat([p.detach().flatten() for p in net.parameters()])
+    given["all_weights"] = torch.cat([p.detach().flatten() for p in weights(net)])
 
-    def function(weights, **arguments):
-        parts = weights.split([shape.numel() for shape in names.values()])
+    def function(all_weights, **arguments):
+        parts = all_weights.split([shape.numel() for shape in names.values()])
         moved = {
             name: part.reshape(shape)
             for (name, shape), part in zip(names.items(), parts, strict=True)

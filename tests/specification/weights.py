@@ -1,95 +1,31 @@
-"""The weights of a network in the order in which reference_numpy.py takes them, whatever their names.
+"""The weights of a network by the names that network_numpy.py uses, whatever their own names.
 
-A file may say it itself: weights_by_role(net), in it or in the file of --map, gives a dict from the roles of
-`roles` to tensors, such as "conv_in.weight" or "up.0.1.attention.q.bias". Without it, the network is
-run once, and each weight is known by its turn and its shape. So their names, the order of construction,
-Linear layers for 1x1 convolutions, and queries, keys and values in one tensor make no difference.
+The tested file, or the file of --map, may define weights_by_role(net): it returns a dict from the names of
+`network_numpy.roles` to tensors, such as "conv_in.weight" or "up.0.1.attention.q.bias". Without this function,
+the network runs once, and weights are found by their shapes and the order of their use. So the weights may
+have any names and any order of construction. Layers may be Linear instead of 1x1 convolutions, and queries,
+keys and values may be in one tensor.
 """
 
-import judged
+import pytest
+import tested
 import torch
-from judge import broken
+from checks import broken
 from torch.overrides import TorchFunctionMode
-
-import reference_numpy as ref
 
 HELP = "if that is wrong, give them by role: weights_by_role(net), here or by --map (docs/specification.md)"
 
 
-# --- The roles, each with its shape -------------------------------------------------------------------------
-
-
-def layer(role, *shape):
-    return [(f"{role}.weight", shape), (f"{role}.bias", shape[:1])]
-
-
-def block_roles(role, c_in, c_out, emb_dim):
-    """Those of a residual block."""
-    yield from layer(f"{role}norm1", c_in)
-    yield from layer(f"{role}conv1", c_out, c_in, 3, 3)
-    yield from layer(f"{role}emb", c_out, emb_dim)
-    yield from layer(f"{role}norm2", c_out)
-    yield from layer(f"{role}conv2", c_out, c_out, 3, 3)
-    if c_in != c_out:
-        yield from layer(f"{role}shortcut", c_out, c_in, 1, 1)
-
-
-def attention_roles(role, c):
-    """Those of an attention."""
-    yield from layer(f"{role}norm", c)
-    for part in ("q", "k", "v", "out"):
-        yield from layer(f"{role}{part}", c, c, 1, 1)
-
-
-def roles(
-    in_channels=3,
-    out_channels=None,
-    ch=128,
-    mult=(1, 2, 2, 2),
-    blocks=2,
-    attention=(1,),
-    num_classes=None,
-    **_,
-):
-    """Those of a network: time, conv_in, down.LEVEL.I, shrink.LEVEL, mid, up.LEVEL.I, grow.LEVEL, .."""
-    table = iter(ref.residual_table(ch, mult, blocks))
-
-    def stage(role, attends):
-        _, c_in, c_out = next(table)
-        yield from block_roles(f"{role}.", c_in, c_out, 4 * ch)
-        if attends:
-            yield from attention_roles(f"{role}.attention.", c_out)
-
-    yield from layer("time.0", 4 * ch, ch)
-    yield from layer("time.1", 4 * ch, 4 * ch)
-    if num_classes:
-        yield "label.weight", (num_classes + 1, 4 * ch)
-    yield from layer("conv_in", ch, in_channels, 3, 3)
-    for level, m in enumerate(mult):
-        for i in range(blocks):
-            yield from stage(f"down.{level}.{i}", level in attention)
-        if level < len(mult) - 1:
-            yield from layer(f"shrink.{level}", ch * m, ch * m, 3, 3)
-    yield from stage("mid.0", True)
-    yield from stage("mid.1", False)
-    for level, m in reversed(list(enumerate(mult))):
-        for i in range(blocks + 1):
-            yield from stage(f"up.{level}.{i}", level in attention)
-        if level > 0:
-            yield from layer(f"grow.{level}", ch * m, ch * m, 3, 3)
-    yield from layer("norm_out", ch * mult[0])
-    yield from layer("conv_out", out_channels or in_channels, ch * mult[0], 3, 3)
-
-
-# --- The weights, in the order of their use -----------------------------------------------------------------
+# --- The weights in order of use ------------------------------------------------------------------
 
 
 class Uses(TorchFunctionMode):
-    """Notes what is made of parameters alone (a cast, a view, a part), each time that it meets an input."""
+    """Record each use of a parameter, or of a tensor made only of parameters (a cast, a view, a part)."""
 
     def __init__(self, net):
         super().__init__()
-        self.used, self.met, self.made = [], [], {id(p): p for p in net.parameters()}
+        self.used, self.met = [], []
+        self.made = {id(p): p for p in net.parameters() if p.requires_grad}
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
@@ -113,7 +49,7 @@ def tensors_in(values):
 
 
 def layers_of(net, inputs):
-    """[weight, bias] or [weight] of each layer that net(*inputs) uses, in that order."""
+    """Return [weight, bias] or [weight] of each layer of net(*inputs), in order of use."""
     with torch.no_grad(), Uses(net) as uses:
         net(*inputs)
     found = []
@@ -127,23 +63,25 @@ def layers_of(net, inputs):
 
 
 def first_met(net, shape, *inputs):
-    """What the first weight of this shape meets when net(*inputs) uses it."""
+    """Return the first tensor that net(*inputs) combines with a weight of this shape."""
     with torch.no_grad(), Uses(net) as uses:
         net(*inputs)
     return next(x for w, x in uses.met if w.shape == torch.Size(shape))
 
 
-# --- The one in terms of the other --------------------------------------------------------------------------
+# --- The weights by role --------------------------------------------------------------------------
 
 
 def fits(weight, shape, parts=1):
-    """Whether a weight is that many tensors of a shape, perhaps with other dimensions behind the first."""
+    """Return True if a weight can be split into this many tensors of a shape, up to a reshape."""
     return len(weight) == parts * shape[0] and weight.numel() == parts * torch.Size(shape).numel()
 
 
 def take(found, role, shape, several):
-    """Remove and return the first layer of a shape, to the last dimension if there is one so; if `several`,
-    the first with as many numbers, perhaps cut out of one of two or three."""
+    """Remove and return the first layer of a shape, an exact one if there is one.
+
+    With `several`, it is the first layer with as many numbers, or a half or a third of a layer.
+    """
     exact = [several or one[0].shape == torch.Size(shape) for one in found]
     for i in sorted(range(len(found)), key=lambda i: not exact[i]):
         for parts in (1, 2, 3) if several else (1,):
@@ -157,7 +95,7 @@ def take(found, role, shape, several):
 
 
 def by_use(net, wanted, inputs):
-    """The tensors that have the wanted roles, each the first of its shape in the order of use."""
+    """Return the tensors with the wanted roles, each the first of its shape in order of use."""
     found, tensors = layers_of(net, inputs), []
     for role, shape in wanted:
         if role.endswith("weight"):
@@ -172,20 +110,42 @@ def by_use(net, wanted, inputs):
 
 
 def matched(what):
-    """What is compared, and how the weights were found, if it was by their use."""
+    """Return the name of a compared quantity, with a hint if the weights were found by their use."""
     return (
-        what if judged.ROLES else f"{what}, of weights matched by the order of their use; {HELP};"
+        what if tested.ROLES else f"{what}, of weights matched by the order of their use; {HELP};"
     )
 
 
-def by_role(net, wanted, *inputs):
-    """The weights of a network, or of a block of it, as NumPy arrays with the wanted roles in turn."""
+def tensors_by_role(net, wanted, *inputs):
+    """Return the weights of a network, or of a block of it, as a dict from the wanted roles to tensors."""
     wanted = list(wanted)
-    if judged.ROLES:
-        named = judged.ROLES(net)
+    if tested.ROLES:
+        named = tested.ROLES(net)
         lacking = [role for role, _ in wanted if role not in named]
-        assert not lacking, f"{judged.MAP}(net) lacks {', '.join(lacking)}"
+        assert not lacking, f"{tested.MAP}(net) lacks {', '.join(lacking)}"
         tensors = [named[role] for role, _ in wanted]
     else:
         tensors = by_use(net, wanted, inputs)
-    return [x.detach().double().reshape(shape).numpy() for x, (_, shape) in zip(tensors, wanted)]
+    return {
+        role: x.detach().reshape(shape) for x, (role, shape) in zip(tensors, wanted, strict=True)
+    }
+
+
+def by_role(net, wanted, *inputs):
+    """Return the same as a dict from the wanted roles to float64 arrays."""
+    return {role: x.double().numpy() for role, x in tensors_by_role(net, wanted, *inputs).items()}
+
+
+def change_weights(net, wanted, change, *inputs):
+    """Write change(role, w) into each weight w of a network; change returns None to leave w unchanged.
+
+    The test is skipped for a network that computes with copies of its parameters, because a write to
+    a copy has no effect.
+    """
+    places = {p.untyped_storage().data_ptr() for p in net.parameters()}
+    for role, w in tensors_by_role(net, wanted, *inputs).items():
+        value = change(role, w)
+        if value is not None:
+            if w.untyped_storage().data_ptr() not in places:
+                pytest.skip(f"absent: a weight {role} that can be written")
+            w.copy_(value.reshape(w.shape))
