@@ -44,11 +44,10 @@ class Config:
 def main(cfg, given):
     # float32 by default: the bound sums T terms, and bf16 would round eps in each.
     device = devices.pick_device(cfg.device)
-    bf16 = cfg.precision == "bf16"
-    devices.use_precision(bf16)
+    devices.use_precision(cfg.precision == "bf16")
     ckpt, net, d = checkpoint.load_model(cfg.ckpt, cfg.weights, device)
     held, which = data.held_out(ckpt, cfg.data, cfg.data_dir, cfg.skip_broken, cfg.n)
-    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+    with devices.autocast(device, cfg.precision):
         terms = bound(cfg, net, d, held, ckpt, device)
     if not terms.isfinite().all():
         raise Failure(f"{cfg.ckpt}: the network's output is not finite; its training diverged")

@@ -483,7 +483,7 @@ def smooth(values):
 
 
 def rate(scene):
-    """How well an image is known after how many bits, as x_T, .., x_1 are sent one by one (DDPM fig. 5).
+    """Distortion against rate, in bits, as x_T, .., x_1 are sent one by one (DDPM fig. 5).
 
     Look at how the curve begins: the first tenth of the bits removes most of the error. The others
     describe what the eye hardly notices, so the model is a good lossy compressor. The error is smoothed
@@ -502,7 +502,7 @@ def rate(scene):
 
 
 def terms(scene):
-    """What each timestep costs: the terms L_{t-1} of the bound, averaged over held-out images.
+    """The cost of each timestep: the terms L_{t-1} of the bound, averaged over held-out images.
 
     Look at the left ends: the last timesteps of sampling, in which nothing seems to change, cost most of
     the bits. There the choice of sigma^2 matters, as the ratios on the right show; at large t it does

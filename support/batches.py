@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 import improved
-from support import workers
+from support import sampling, workers
 
 
 def mixed(*numbers):
@@ -78,6 +78,5 @@ def fixed_batches(data, T, count, micro_batch, device):
         x0 = data.images[i].to(device).float() / 127.5 - 1
         y = None if data.labels is None else data.labels[i].to(device)
         t = 1 + (2 * order[k] + 1) * T // (2 * count)
-        generators = [torch.Generator().manual_seed(mixed(4, n)) for n in k.tolist()]
-        eps = torch.stack([torch.randn(x0.shape[1:], generator=g) for g in generators]).to(device)
+        eps = sampling.image_noise([mixed(4, n) for n in k.tolist()])(x0)
         yield x0.contiguous(memory_format=torch.channels_last), y, t, eps

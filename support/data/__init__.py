@@ -10,7 +10,6 @@ import zlib
 import numpy as np
 import torch
 
-from support import workers
 from support.data import cifar10, folder, glyphs
 from support.data.split import SPLIT, Data, divide, split_of, take, with_classes
 from support.errors import Failure, UsageError
@@ -30,7 +29,7 @@ def load(
     A folder's images are cropped to `size` (H, W). labels: learn classes; digits always have them.
     limit: a seeded choice of this many training images. split: a rule of support/data/split.py.
     """
-    if not is_folder(name) and os.path.isdir(name) and workers.is_first():
+    if not is_folder(name) and os.path.isdir(name):
         note(f"--data {name} is the known data set; write --data ./{name} for your folder {name}")
     if name == "glyphs":
         training, held = digits(6000, limit, seed=0), digits(512, None, seed=1)
@@ -42,7 +41,7 @@ def load(
     else:
         whole = folder.load(name, data_dir, size, channels, skip_broken, labels)
         training, held = divide(*whole, limit, split)
-    if training.labels is not None and workers.is_first():
+    if training.labels is not None:
         missing = set(range(len(training.classes))) - set(training.labels.tolist())
         if missing:
             names = ", ".join(training.classes[k] for k in sorted(missing))

@@ -12,7 +12,6 @@ import unicodedata
 import numpy as np
 import torch
 
-from support import workers
 from support.data.decode import BRIGHT, ENLARGED, decode_all
 from support.data.split import Data
 from support.errors import Failure
@@ -44,8 +43,7 @@ def load(folder, data_dir, size, channels, skip_broken=False, labels=False):
     names = []
     if labels:
         names = [class_name(root, path) for path, flag in zip(paths, flags) if flag]
-    if workers.is_first():
-        report(root, size, paths, flags, names)
+    report(root, size, paths, flags, names)
     classes, y = np.unique(names, return_inverse=True)
     data = Data(torch.from_numpy(images), torch.from_numpy(y) if labels else None, classes.tolist())
     return data, np.where(flags, np.cumsum(flags > 0) - 1, -1)
@@ -75,7 +73,7 @@ def list_files(root):
         for name in files:
             if not name.startswith(".") and not name.endswith(".u8"):
                 paths.append(pathlib.Path(folder, name))
-    if thumbnails and workers.is_first():
+    if thumbnails:
         note(f"left out {len(thumbnails)} folders of thumbnails, such as {thumbnails[0]}")
     return sorted(paths)
 
