@@ -41,18 +41,23 @@ import torch.nn.functional as F
 from torch import nn
 
 
-def check(ok, message):
-    """Raise ValueError unless ok. Only mistakes that would otherwise go unnoticed are checked."""
+def check(ok, message, *values):
+    """Raise ValueError unless ok. Only mistakes that would otherwise go unnoticed are checked.
+
+    The values replace each {} of the message, only on failure: an f-string with a size of the
+    batch would make torch.compile compile again for every size.
+    """
     if not ok:
-        raise ValueError(message)
+        raise ValueError(message.format(*values))
 
 
 def check_same_shape(**tensors):
     """Raise ValueError unless all are float tensors of one shape, so that nothing broadcasts."""
     for name, x in tensors.items():
-        check(x.is_floating_point(), f"{name} must be a float tensor, got {x.dtype}")
+        check(x.is_floating_point(), "{} must be a float tensor, got {}", name, x.dtype)
     shapes = {name: tuple(x.shape) for name, x in tensors.items()}
-    check(len(set(shapes.values())) == 1, f"shapes must be equal, got {shapes}")
+    first = next(iter(shapes.values()))
+    check(all(shape == first for shape in shapes.values()), "shapes must be equal, got {}", shapes)
 
 
 def readable(x):
@@ -112,10 +117,10 @@ def at(table, t, x):
     t = t.cpu() if torch.is_tensor(t) else torch.full((1,), index(t), device="cpu")
     t = t.reshape(-1)
     check(t.dtype == torch.int64, f"t must be an int or an int64 tensor, got {t.dtype}")
-    check(len(t) in (1, len(x)), f"t has {len(t)} entries, but the batch has {len(x)} images")
+    check(len(t) in (1, len(x)), "t has {} entries, but the batch has {} images", len(t), len(x))
     if readable(t):
         check(t.min() >= 0, "t must not be negative")
-        check(table[t].isfinite().all(), "t = 0 is the clean image: use t in 1..T here")
+        check(table[t].isfinite().all(), "not finite at this t; t = 0 is the clean image: use 1..T")
     coefficient = table[t].to(torch.promote_types(x.dtype, torch.float32))
     # Only CUDA may copy asynchronously: Apple GPUs can read freed memory (pytorch #189690).
     coefficient = coefficient.to(x.device, non_blocking=x.is_cuda)
@@ -137,7 +142,7 @@ class Diffusion:
     """
 
     def __init__(self, beta):
-        beta = torch.as_tensor(beta, dtype=torch.float64, device="cpu").clone()
+        beta = torch.as_tensor(beta, dtype=torch.float64, device="cpu").detach().clone()
         check(beta.ndim == 1 and len(beta) > 1, f"need a table beta[0..T], got {tuple(beta.shape)}")
         check(beta[0] == 0, "beta[0] must be 0 (t = 0 is the clean image): F.pad(beta, (1, 0))")
         in_range = (beta[1:] < 1) & (1 - beta[1:] < 1)  # 1 - beta_t must not round to 1
@@ -203,7 +208,7 @@ def loss_simple(model, d, x0, t=None, eps=None):
     if eps is None:
         eps = torch.randn_like(x0)
     t = t.cpu()  # once, because at() would wait for a GPU each time
-    check(t.shape == (len(x0),), f"t must have shape ({len(x0)},), got {tuple(t.shape)}")
+    check(t.shape == x0.shape[:1], "need t {}, got {}", tuple(x0.shape[:1]), tuple(t.shape))
     check(not readable(t) or t.min() > 0, "t must be in 1..T: t = 0 is the clean image")
     xt = d.q_sample(x0, t, eps)
     eps_theta = model(xt, t.to(x0.device, non_blocking=x0.is_cuda))
@@ -322,6 +327,7 @@ def sample_ddim(
 
 def timestep_embedding(t, dim):
     """(B,) -> (B, dim): sines, then cosines, of t / 10000^(i / (dim/2 - 1)), i = 0 .. dim/2 - 1."""
+    check(dim > 2 and dim % 2 == 0, f"dim must be even and at least 4, got {dim}")
     i = torch.arange(dim // 2, dtype=torch.promote_types(t.dtype, torch.float32), device=t.device)
     angle = t[:, None] * torch.exp(-math.log(10000) / (dim // 2 - 1) * i)
     return torch.cat([angle.sin(), angle.cos()], dim=1)
@@ -461,7 +467,7 @@ class UNet(nn.Module):
     def embed(self, xt, t, y):
         """Return the embedding (B, 4 * ch) of t and y, in the dtype of xt."""
         check(t.dtype == torch.int64, f"t must be int64 in 1..T, got {t.dtype}")
-        check(t.shape == xt.shape[:1], f"need t ({len(xt)},), got {tuple(t.shape)}")
+        check(t.shape == xt.shape[:1], "need t {}, got {}", tuple(xt.shape[:1]), tuple(t.shape))
         check(not readable(t) or t.min() > 0, "t must be in 1..T: t = 0 is the clean image")
         # Counted from 0, as in the authors' code; in float64 for a float64 network.
         position = (t - 1).to(torch.promote_types(xt.dtype, torch.float32))
@@ -471,7 +477,7 @@ class UNet(nn.Module):
             return emb
         if y is None:
             y = torch.full_like(t, self.num_classes)
-        check(y.shape == t.shape, f"need labels y ({len(t)},), got {tuple(y.shape)}")
+        check(y.shape == t.shape, "need labels y {}, got {}", tuple(t.shape), tuple(y.shape))
         # On a GPU, wrong labels are only noticed by a later call, with a device-side assert.
         in_range = not readable(y) or (y.min() >= 0 and y.max() <= self.num_classes)
         check(in_range, f"labels y must be in 0..{self.num_classes}")

@@ -22,16 +22,10 @@ from support.progress import Progress, say
 
 @dataclass(frozen=True)
 class Config:
-    ckpt: str = flag(MISSING, "checkpoint, or a diffusers folder", group="input", metavar="PATH")
+    ckpt: str = flag(MISSING, "checkpoint, or a diffusers folder", group="input")
     weights: str = flag("ema", "the moving average, or the last weights", choices=("ema", "raw"))
-    data: str | None = flag(
-        None,
-        "glyphs, cifar10, or a folder of images (default: the images held out in training)",
-        metavar="DATA",
-    )
-    data_dir: str = flag(
-        "data", "folder for CIFAR-10 and the caches of image folders", metavar="DIR"
-    )
+    data: str | None = flag(None, "glyphs, cifar10 or an image folder (default: held-out images)")
+    data_dir: str = flag("data", "folder for CIFAR-10 and the caches of image folders")
     skip_broken: bool = flag(False, "skip the files of a folder that are not images")
     n: int | None = flag(None, "number of images, chosen at random (default: all)", low=1)
     seed: int = flag(0, "different seeds give different noise", low=0, high=2**31)
@@ -51,7 +45,8 @@ def main(cfg, given):
         terms = bound(cfg, net, d, held, ckpt, device)
     if not terms.isfinite().all():
         raise Failure(f"{cfg.ckpt}: the network's output is not finite; its training diverged")
-    report(terms, f"{len(held.images):,} {which}, {checkpoint.title(ckpt, cfg.weights)}")
+    say(f"{len(held.images):,} {which}, {checkpoint.title(ckpt, cfg.weights)}; bits/dim")
+    report(terms)
 
 
 def bound(cfg, net, d, held, ckpt, device):
@@ -61,13 +56,11 @@ def bound(cfg, net, d, held, ckpt, device):
     N = len(held.images)
     parts = []
     progress = Progress("evaluating", N * d.T, "image-steps")
-    for first in range(0, N, cfg.batch_size):
-        numbers = range(first, min(first + cfg.batch_size, N))
-        x0 = held.images[first : numbers.stop].to(device).float() / 127.5 - 1
-        y = None if held.labels is None else held.labels[first : numbers.stop].to(device)
-        noise = sampling.image_noise(sampling.image_seeds(cfg.seed, numbers))
+    for i in torch.arange(N).split(cfg.batch_size):
+        x0, y = held.batch(i, device)
+        noise = sampling.image_noise(sampling.image_seeds(cfg.seed, i.tolist()))
 
-        def model(xt, t, y=y, first=first):  # called once for each t = 1 .. T
+        def model(xt, t, y=y, first=int(i[0])):  # called once for each t = 1 .. T
             progress(first * d.T + len(xt) * int(t[0]), f"image {first + len(xt)} of {N}")
             return net(xt, t, y)
 
@@ -76,7 +69,7 @@ def bound(cfg, net, d, held, ckpt, device):
     return torch.cat(parts, dim=1)
 
 
-def report(terms, title):
+def report(terms):
     """Print the bound and its parts: mean and standard error over the images; terms (2 or 3, N, T + 1)."""
     _, n, columns = terms.shape
     T = columns - 1
@@ -88,14 +81,12 @@ def report(terms, title):
         "bound on -log2 p(x0)": terms.sum(2),
     }
     heads = ["sigma^2 = beta", "sigma^2 = beta_tilde", "sigma^2 learned"][: len(terms)]
-    say(f"{title}; bits/dim")
     say(" " * 32 + "".join(f"{head:>22}" for head in heads))
     for name, values in parts.items():
-        line = f"{name:32}"
-        for row in values:
-            error = f" ± {row.std() / n**0.5:.5f}" if n > 1 else ""
-            line += f"{f'{row.mean():.5f}{error}':>22}"
-        say(line)
+        means = [f"{row.mean():.5f}" for row in values]
+        if n > 1:
+            means = [f"{mean} ± {row.std() / n**0.5:.5f}" for mean, row in zip(means, values)]
+        say(f"{name:32}" + "".join(f"{mean:>22}" for mean in means))
 
 
 if __name__ == "__main__":

@@ -1,22 +1,20 @@
-r"""Draw pictures that explain diffusion, with your own network: the papers' figures, and the network itself.
+"""Draw pictures that explain diffusion, with your own network: the papers' figures, and the network itself.
 
     python figures.py --out figures                           the pictures that need no network
     python figures.py --ckpt ckpt.pt --out figures            all pictures possible with this checkpoint
-    python figures.py --ckpt ckpt.pt --out figures --only reverse,shared
-    python figures.py --out figures --only loss --log log.jsonl
+    python figures.py --log log.jsonl --only loss
 
-    1  no network    forward, schedules, embedding, unet   iDDPM fig. 3 and 5
-    2  a run         epochs, loss
-    3  sampling      reverse, shared, interpolation        DDPM fig. 6, 7, 8 and 9
-                     steps, guidance                       DDIM table 1, CFG fig. 1
-    4  the bound     rate, terms                           DDPM fig. 5, iDDPM fig. 2
+    no network    forward, schedules, embedding, unet   iDDPM fig. 3 and 5
+    a run         epochs, loss
+    sampling      reverse, shared, interpolation        DDPM fig. 6, 7, 8 and 9
+                  steps, guidance                       DDIM table 1, CFG fig. 1
+    the bound     rate, terms                           DDPM fig. 5, iDDPM fig. 2
 
 The docstring of each figure's function in figures.py says what to look for.
 """
 
 import functools
 import inspect
-import itertools
 import json
 import pathlib
 import sys
@@ -32,63 +30,45 @@ import ddpm
 import improved
 import likelihood
 from support import data, devices, pictures, sampling
-from support.checkpoint import learned, load_model
+from support.checkpoint import SCHEDULES, learned, load_model
 from support.command import flag, run
 from support.errors import Failure, UsageError
-from support.files import grids, replacing, writable_folder
+from support.files import grids, replacing, writable
 from support.network_picture import network_picture
-from support.pictures import to_uint8
+from support.pictures import GAP, to_uint8
 from support.plots import Axis, heat, joined, lines, sheet, span
 from support.progress import Progress, note, say
 
 
 @dataclass(frozen=True)
 class Config:
-    ckpt: str | None = flag(
-        None, "checkpoint, or a diffusers folder", group="input", metavar="PATH"
-    )
-    log: str | None = flag(None, "file of train.py --log, for the figure loss", metavar="PATH")
-    data: str | None = flag(
-        None,
-        "glyphs, cifar10, or a folder of images (default: the images held out in training)",
-        metavar="DATA",
-    )
-    data_dir: str = flag(
-        "data", "folder for CIFAR-10 and the caches of image folders", metavar="DIR"
-    )
+    ckpt: str | None = flag(None, "checkpoint, or a diffusers folder", group="input")
+    log: str | None = flag(None, "file of train.py --log, for the figure loss")
+    data: str | None = flag(None, "glyphs, cifar10 or a folder (default: held-out images)")
+    data_dir: str = flag("data", "folder for CIFAR-10 and the caches of image folders")
+    skip_broken: bool = flag(False, "skip the files of a folder that are not images")
 
-    out: str = flag("figures", "folder for the pictures NAME.png", group="output", metavar="DIR")
-    only: str | None = flag(
-        None, "figures to draw, such as reverse,shared (default: all)", metavar="NAMES"
-    )
-    n: int | None = flag(
-        None,
-        "number of samples in a figure (default: 3 to 10), or of images averaged in rate and terms "
-        "(default: 16)",
-        low=1,
-        high=64,
-    )
+    out: str = flag("figures", "folder for the pictures NAME.png", group="output")
+    only: str | None = flag(None, "figures to draw, such as reverse,shared (default: all)")
+    n: int | None = flag(None, "images in a figure (default: 3 to 10, 16 averaged)", low=1, high=64)
     seed: int = flag(0, "different seeds give different images and noise", low=0, high=2**31)
 
-    device: str = flag("auto", "device to compute on: auto, cpu, cuda, mps, ...", group="machine")
+    device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps, ...", group="machine")
 
 
 def main(cfg, given):
-    names = cfg.only.split(",") if cfg.only else list(FIGURES)
-    for name in names:
-        if name not in FIGURES:
-            raise UsageError(f"--only {name}: not a figure; choose from {', '.join(FIGURES)}")
+    names = [name.strip() for name in cfg.only.split(",")] if cfg.only else list(FIGURES)
+    unknown = set(names) - set(FIGURES)
+    if unknown:
+        raise UsageError(f"--only {min(unknown)}: not a figure; choose from {', '.join(FIGURES)}")
     if cfg.log and "loss" not in names:
         raise UsageError("--log: only the figure loss uses it; add loss to --only")
     scene = Scene(cfg)
-    lacking = {}
+    lacking = missing(scene)
     for name in names:
-        need = needs(name, scene)
-        if need and cfg.only:
-            raise UsageError(f"--only {name}: needs {need}")
-        if need:
-            lacking[name] = need
-    writable_folder(cfg.out)
+        if cfg.only and name in lacking:
+            raise UsageError(f"--only {name}: needs {lacking[name]}")
+    writable(cfg.out, folder=True)
     out = pathlib.Path(cfg.out)
     out.mkdir(exist_ok=True)
     drawn = [name for name in names if name not in lacking]
@@ -100,48 +80,47 @@ def main(cfg, given):
         with replacing(out / f"{name}.png") as file:
             picture.save(file, "PNG", optimize=True)
         say(f"{out / name}.png: {inspect.getdoc(FIGURES[name]).splitlines()[0]}")
-    for name, need in lacking.items():
-        say(f"not drawn: {name}, which needs {need}")
+    for name in names:
+        if name in lacking:
+            say(f"not drawn: {name}, which needs {lacking[name]}")
     say(f"{len(drawn)} pictures in {out}")
 
 
-def needs(name, scene):
-    """Return what a figure needs that was not given, in words; None if it can be drawn."""
-    if name == "loss":
-        return None if scene.log else "--log, a log that train.py --log wrote"
-    if name in ("forward", "schedules", "embedding", "unet"):
-        return None
+def missing(scene):
+    """Return {name of a figure that cannot be drawn: what it needs}."""
+    needs = {} if scene.log else {"loss": "--log, a log that train.py --log wrote"}
     if not scene.ckpt:
-        return "--ckpt, a checkpoint of train.py"
-    if name == "guidance" and not scene.ckpt["classes"]:
-        return "a network with classes (train.py --labels)"
-    if name == "epochs" and not grids(scene.cfg.ckpt):
-        return "the sample grids that train.py saves next to the checkpoint"
-    return None
+        return needs | {figure.__name__: "--ckpt, a checkpoint of train.py" for figure in NETWORK}
+    if not scene.ckpt["classes"]:
+        needs["guidance"] = "a network with classes (train.py --labels)"
+    if not grids(scene.cfg.ckpt):
+        needs["epochs"] = "the sample grids that train.py saves next to the checkpoint"
+    return needs
 
 
 class Scene:
-    """The inputs of the figures: the flags, held-out images, and a checkpoint's network, if there is one."""
+    """The inputs of the figures: flags, images x0 (B, C, H, W), and perhaps a log and a network."""
 
     def __init__(self, cfg):
         self.cfg = cfg
-        self.ckpt = None
         self.log = read_log(cfg.log) if cfg.log else None
+        self.ckpt = None
         device = devices.pick_device(cfg.device)
         devices.use_precision(bf16=False)  # the bound sums T terms, and bf16 would round each
-        several = max(2, cfg.n or 16)
+        limit = max(2, cfg.n or 16)
         if cfg.ckpt:
             self.ckpt, self.net, self.d = load_model(cfg.ckpt, "ema", device)
-            self.clip = self.ckpt["process"]["clip"]
             if not all(weight.isfinite().all() for weight in self.net.parameters()):
                 raise Failure(f"{cfg.ckpt}: its weights are not finite; its training diverged")
-            # Without a class, x_t alone decides the image.
+            self.clip = self.ckpt["process"]["clip"]
             self.model = improved.eps_only(self.net) if learned(self.ckpt) else self.net
-            found, _ = data.held_out(self.ckpt, cfg.data, cfg.data_dir, limit=several)
+            source = (cfg.data, cfg.data_dir, cfg.skip_broken)
+            found, _ = data.held_out(self.ckpt, *source, limit=limit)
         else:
-            found = data.load_all(cfg.data or "glyphs", cfg.data_dir, (64, 64), limit=several)
-        self.labels = None if found.labels is None else found.labels.to(device)
-        self.x0 = found.images.to(device).float() / 127.5 - 1
+            how = dict(skip_broken=cfg.skip_broken, n=limit)
+            found, _ = data.read(cfg.data or "glyphs", cfg.data_dir, (64, 64), **how)
+            found = found.take(limit)
+        self.x0, self.labels = found.batch(torch.arange(len(found.images)), device)
 
     def noise(self, numbers):
         """Return a noise function for the images with these numbers of --seed, as in sample.py."""
@@ -149,41 +128,33 @@ class Scene:
 
     def sample(self, n, **how):
         """Sample n images as sample.py does; the classes take turns: uint8 (n, H, W, C)."""
-        labels, _ = sampling.class_labels(self.ckpt["classes"], n=n)
-        labels = labels if self.ckpt["classes"] else None
+        how["labels"], _ = sampling.class_labels(self.ckpt["classes"], n=n)
+        how["clip"] = self.clip
         seeds = sampling.image_seeds(self.cfg.seed, range(n))
-        how.update(labels=labels, clip=self.clip)
         return to_uint8(sampling.sample(self.net, self.d, self.ckpt["shape"], seeds, **how))
 
-    def decode(self, xt, t, noise):
-        """Sample x_0 ~ p(x_0 | x_t) of xt (B, C, H, W) by DDIM with eta = 1 in at most 50 steps."""
-        timesteps = ddpm.ddim_timesteps(t, min(t, 50))
-        return ddpm.sample_ddim(
-            self.model, self.d, xt, timesteps, eta=1.0, clip=self.clip, noise=noise
-        )
+    def decode(self, xt, t, noise, most=50, on_step=None):
+        """Sample x_0 ~ p(x_0 | x_t) of xt (B, C, H, W) by DDIM with eta = 1, in t or `most` steps."""
+        timesteps = ddpm.ddim_timesteps(t, min(t, most))
+        how = dict(eta=1.0, clip=self.clip, noise=noise, on_step=on_step)
+        return ddpm.sample_ddim(self.model, self.d, xt, timesteps, **how)
 
     @functools.cached_property
     def bound(self):
-        """The terms of the bound (K, B, T + 1), and the error of the predicted x0 (T,), of held-out images.
-
-        The terms are for both fixed variances and the learned one, if there is one. The error is the mean
-        squared difference from x0 at t = 1, .., T, for the same x_t.
-        """
-        d = self.d
+        """The terms of the bound (K, B, T + 1), and the mean squared error of the predicted x0 (T,)."""
         x0 = self.x0[: self.cfg.n or 16]
         y = None if self.labels is None else self.labels[: len(x0)]
-        bound_terms = improved.bound_terms if learned(self.ckpt) else likelihood.bound_terms
-        noise = self.noise(range(len(x0)))
-        error = np.empty(d.T)
+        error = np.empty(self.d.T)
 
         def model(xt, t):
             output = self.net(xt, t, y)
-            predicted = d.x0_from_eps(xt, t, output[:, : x0.shape[1]]).clamp(-1, 1)
+            predicted = self.d.x0_from_eps(xt, t, output[:, : x0.shape[1]]).clamp(-1, 1)
             error[int(t[0]) - 1] = (predicted - x0).square().mean().item()
             return output
 
-        terms = bound_terms(model, d, x0, [d.beta, d.beta_tilde], clip=self.clip, noise=noise)
-        return terms, error
+        bound_terms = improved.bound_terms if learned(self.ckpt) else likelihood.bound_terms
+        how = dict(clip=self.clip, noise=self.noise(range(len(x0))))
+        return bound_terms(model, self.d, x0, [self.d.beta, self.d.beta_tilde], **how), error
 
 
 def times(T):
@@ -191,21 +162,17 @@ def times(T):
     return sorted({T * tenth // 10 for tenth in range(11)}, reverse=True)
 
 
-# --- 1. No network -------------------------------------------------------------------------------
-
-
 def forward(scene):
     """An image dissolves in noise as t grows, with the linear and with the cosine schedule.
 
-    Look at the right half. With the linear schedule nothing is left of the image at t = 600, so the later
-    timesteps teach a network little. With the cosine schedule the image remains visible for longer.
+    Look at t = 600: with the linear schedule nothing is left, so later timesteps teach little.
     """
     at = times(1000)[::-1]
     x0 = scene.x0[:1]
     eps = scene.noise([0])(x0)
     rows = []
-    for beta in (ddpm.linear_schedule(), ddpm.cosine_schedule()):
-        d = ddpm.Diffusion(beta)
+    for name in ("linear", "cosine"):
+        d = ddpm.Diffusion(SCHEDULES[name](1000))
         rows.append(to_uint8(torch.cat([d.q_sample(x0, t, eps) for t in at])))  # eq. 4
     return sheet(rows, [f"t = {t}" for t in at], ["linear", "cosine"])
 
@@ -213,20 +180,18 @@ def forward(scene):
 def schedules(scene):
     """Three schedules: the noise that a timestep adds, the remaining image, and the signal-to-noise ratio.
 
-    Look at the middle: alpha_bar_t is the image's share of the variance of x_t. The linear schedule has
-    used it up at t = 600; the cosine schedule falls evenly. On the right, the ratio falls by eight powers
-    of ten or more; the cosine schedule leaves the least of an image, but only in its last timesteps.
+    Look at the middle: the linear schedule has used up the image at t = 600; cosine falls evenly.
     """
-    tables = {
-        "linear": ddpm.linear_schedule(),
-        "cosine": ddpm.cosine_schedule(),
-        "exponential": ddpm.exponential_schedule(),
-    }
     t = np.arange(1, 1001)
-    share = {name: ddpm.Diffusion(beta).alpha_bar[1:] for name, beta in tables.items()}
-    added = {name: (t, beta[1:]) for name, beta in tables.items()}
-    left = {name: (t, s) for name, s in share.items()}
-    ratio = {name: (t, s / (1 - s)) for name, s in share.items()}
+    added = {}
+    left = {}
+    ratio = {}
+    for name, schedule in SCHEDULES.items():
+        beta = schedule(1000)
+        share = ddpm.Diffusion(beta).alpha_bar[1:]
+        added[name] = (t, beta[1:])
+        left[name] = (t, share)
+        ratio[name] = (t, share / (1 - share))
     x = Axis("timestep t", 0, 1000)
     snr = Axis("alpha_bar / (1 - alpha_bar)", 1e-9, 1e6, log=True)
     charts = [
@@ -240,8 +205,8 @@ def schedules(scene):
 def embedding(scene):
     """The sinusoids that tell the network t, and how similar they are for two timesteps.
 
-    Look at one row on the left: fast channels differ from row to row, slow ones over hundreds of rows.
-    On the right: neighbouring timesteps look alike, so what the network learns at one helps the next.
+    Look at one row on the left: fast channels differ from row to row, slow ones over hundreds of
+    rows. On the right: neighbouring timesteps look alike, so the network generalises over t.
     """
     table = ddpm.timestep_embedding(torch.arange(1000), 128)
     x = Axis("channel: 64 sines, 64 cosines", 0, 128)
@@ -249,23 +214,17 @@ def embedding(scene):
     left = heat(x, Axis("timestep t", 0, 50), table[:50], title, cell=(2, 6))
     table = table / table.norm(dim=1, keepdim=True)
     far = np.arange(-400, 401)
-    alike = table[500 + far] @ table[500]
+    alike = {"": (far, table[500 + far] @ table[500])}
     x = Axis("t' - t", -400, 400)
-    right = lines(
-        x,
-        Axis("cosine of their angle", 0, 1),
-        {"": (far, alike)},
-        "Similarity of t and t'",
-        (400, left.height),
-    )
-    return joined([left, right])
+    y = Axis("cosine of their angle", 0, 1)
+    return joined([left, lines(x, y, alike, "Similarity of t and t'", (400, left.height))])
 
 
 def unet(scene):
     """The network with the shapes (channels x height x width) of all its levels.
 
-    Look at the two sides: the left one halves the image and adds channels, the right one goes back, and
-    skip connections carry each resolution across. t reaches every residual block.
+    Look at the two sides: the left one halves the image and adds channels, the right one goes back,
+    and skip connections carry each resolution across. t reaches every residual block.
     """
     network = {name: p.default for name, p in inspect.signature(ddpm.UNet).parameters.items()}
     shape = (3, 32, 32)  # without a checkpoint, the paper's network for CIFAR-10
@@ -277,34 +236,11 @@ def unet(scene):
     return network_picture(network, shape, f"UNet with {count:,} weights")
 
 
-# --- 2. A run ------------------------------------------------------------------------------------
-
-
-def epochs(scene):
-    """A network learns: images of the same seeds after each epoch, or every few.
-
-    Look down a column: first the shape, then the details. A row shows the first images, ten at most, of a
-    grid that train.py saved next to the checkpoint.
-    """
-    tall, wide, _ = pictures.cell(*scene.ckpt["shape"][1:])
-    gap = pictures.GAP
-    found = grids(scene.cfg.ckpt)
-    rows = []
-    for path in found.values():
-        grid = np.atleast_3d(np.asarray(Image.open(path)))[gap:, gap:]
-        places = itertools.product(range(0, grid.shape[1], wide), range(0, len(grid), tall))
-        images = [grid[top : top + tall - gap, left : left + wide - gap] for left, top in places]
-        rows.append(images[:10])
-    classes = scene.ckpt["classes"]
-    names = [classes[i % len(classes)] for i in range(len(rows[0]))] if classes else []
-    return sheet(rows, names, [f"epoch {epoch}" for epoch in found], scale=1)
-
-
 def loss(scene):
     """The loss along a run, and its last three quarters enlarged: of training and of held-out images.
 
-    Look at the gap on the right. Where the training loss falls and the held-out loss rises, the network
-    memorises images. A loss that hardly falls is no reason to stop: samples still get better.
+    Look at the gap on the right. Where the training loss falls and the held-out loss rises, the
+    network memorises images. If the loss hardly falls, train on: samples still get better.
     """
     curves = {}
     for name, key in (("training (running mean)", "loss"), ("held out", "held_out")):
@@ -324,20 +260,16 @@ def loss(scene):
 
 
 def read_log(path):
-    """Return the entries of a log by increasing step, the latest for each step. Broken lines are skipped."""
-    needed = ("step", "epoch", "loss")
+    """Return a log's entries by increasing step, the latest of each step. Broken lines are skipped."""
     log = {}
     skipped = 0
     with open(path, errors="replace") as file:
         for text in file:
             try:
                 entry = json.loads(text)
-            except ValueError:  # a killed run may leave half a line
-                entry = None
-            values = [entry.get(key) for key in needed] if isinstance(entry, dict) else [None]
-            if all(isinstance(value, (int, float)) for value in values):
-                log[entry["step"]] = entry
-            else:
+                numbers = {key: float(entry[key]) for key in ("step", "epoch", "loss")}
+                log[numbers["step"]] = entry | numbers
+            except (ValueError, KeyError, TypeError):  # a killed run may leave half a line
                 skipped += 1
     if not log:
         raise Failure(f"--log {path}: contains no line of a log of train.py")
@@ -346,47 +278,51 @@ def read_log(path):
     return [log[step] for step in sorted(log)]
 
 
-# --- 3. Sampling ---------------------------------------------------------------------------------
+def epochs(scene):
+    """A network learns: images of the same seeds after each epoch, or every few.
+
+    Look down a column: first the shape, then the details. A row begins a grid of train.py.
+    """
+    tall, wide, _ = pictures.cell(*scene.ckpt["shape"][1:])
+    found = grids(scene.cfg.ckpt)
+    rows = []
+    for path in found.values():
+        grid = np.atleast_3d(np.asarray(Image.open(path)))[GAP:, GAP:]
+        columns = np.split(grid, grid.shape[1] // wide, axis=1)
+        cells = [np.split(column, len(grid) // tall) for column in columns]
+        rows.append(np.concatenate(cells)[:10, :-GAP, :-GAP])
+    classes = scene.ckpt["classes"]
+    names = [classes[i % len(classes)] for i in range(len(rows[0]))] if classes else []
+    return sheet(rows, names, [f"epoch {epoch}" for epoch in found], scale=1)
 
 
 @torch.no_grad()
-def walk(model, d, xt, timesteps, noise, clip=True):
-    """DDIM with eta = 1 from xt (B, ...): {t: (x_t, the predicted x0, eq. 15)} for `timesteps` and 0."""
-    path = {}
-    for s, t in reversed(ddpm.timestep_pairs(d.T, timesteps)):
-        eps = model(xt, ddpm.same_t(t, xt))
-        path[t] = (xt, d.x0_from_eps(xt, t, eps).clamp(-1, 1))
-        xt = ddpm.ddim_step(d, xt, t, s, eps, eta=1.0, clip=clip, noise=noise)
-    path[0] = (xt, xt)
-    return path
-
-
 def reverse(scene):
     """From noise to an image: x_t, and below it the network's prediction of x0 at that timestep (DDPM fig. 6).
 
-    Look at each second row. The first prediction is a blur, the mean of all images that x_t may become;
-    then the shape is settled, and last the edges. At t = T there is none (grey): x_t holds no image, and
-    eq. 15 divides by almost 0.
+    Look at each second row: first a blur, the mean of all images that x_t may become, then the
+    shape, and last the edges. At t = T there is none (grey), because eq. 15 divides by almost 0.
     """
     d = scene.d
     n = scene.cfg.n or 3
     noise = scene.noise(range(n))
-    xT = noise(scene.x0[:1])
-    timesteps = ddpm.ddim_timesteps(d.T, min(100, d.T))
-    path = walk(scene.model, d, xT, timesteps, noise, scene.clip)
+    x = {d.T: noise(scene.x0[:1])}
+    scene.decode(x[d.T], d.T, noise, most=100, on_step=x.__setitem__)
     at = times(d.T)
     rows = []
+    predicted = {0: x[0]}
+    for t in at[:-1]:
+        predicted[t] = d.x0_from_eps(x[t], t, scene.model(x[t], ddpm.same_t(t, x[t])))
     for i in range(n):
-        rows.append([to_uint8(path[t][0])[i] for t in at])
-        rows.append([to_uint8(path[t][1])[i] if d.alpha_bar[t] > 1e-4 else None for t in at])
+        rows.append([to_uint8(x[t])[i] for t in at])
+        rows.append([to_uint8(predicted[t])[i] if d.alpha_bar[t] > 1e-4 else None for t in at])
     return sheet(rows, [f"t = {t}" for t in at], ["x_t", "predicted x0"] * n)
 
 
 def shared(scene):
     """Several images from one noisy x_t: they share what x_t has already decided (DDPM fig. 7).
 
-    Look along a row; its samples differ only by the noise of the timesteps from t down to 0. From t = T
-    everything is open. The smaller t, the more is decided: the rough shape, the character, then its edges.
+    Look along a row: only the later noise differs. The smaller t, the more is already decided.
     """
     T = scene.d.T
     n = scene.cfg.n or 8
@@ -406,9 +342,8 @@ def shared(scene):
 def interpolation(scene):
     """Two images are noised to timestep t, mixed, and the mixture is denoised (DDPM sec. 4.4, fig. 8 and 9).
 
-    Look at a row's ends first: at 0% and 100% nothing is mixed, and a small t gives the images back. A
-    small t also lays one image over the other; a larger one makes a whole image of the mixture; at t = T
-    any image can come, whichever two were mixed.
+    Look at a row's ends first, where nothing is mixed: a small t gives the images back. It also
+    lays one image over the other; a larger t makes a whole image of the mixture, T any image.
     """
     T = scene.d.T
     at = sorted({max(1, T * eighth // 8) for eighth in (1, 2, 4, 5, 6, 8)})
@@ -432,11 +367,10 @@ def interpolation(scene):
 def steps(scene):
     """The same seeds in 5 to T sampling steps: DDIM without noise, with noise, and ancestral sampling.
 
-    Look along a row. Without noise (eta 0), few steps give what many give, less sharply. With noise (eta
-    1), many steps give the better images; with sigma^2 = beta, few steps leave noise in them.
+    Look along a row. Without noise (eta 0), few steps give what many give, less sharply. With noise
+    (eta 1), many steps give the better images; with sigma^2 = beta, few steps leave noise in them.
     """
-    T = scene.d.T
-    counts = sorted({min(k, T) for k in (5, 10, 20, 50, 100, T)})
+    counts = sorted({min(k, scene.d.T) for k in (5, 10, 20, 50, 100, scene.d.T)})
     ways = {
         "DDIM, eta = 0": dict(eta=0.0),
         "DDIM, eta = 1": dict(eta=1.0),
@@ -455,25 +389,17 @@ def steps(scene):
 def guidance(scene):
     """The same seeds at five strengths w of classifier-free guidance; w = -1 uses no class.
 
-    Look down a column: at w = 0 the class is there; with larger w it gets clearer, bolder, and more like
-    every other image of its class. That is the price.
+    Look down a column: with larger w, the class gets clearer and bolder, but less varied.
     """
-    classes = scene.ckpt["classes"]
+    classes = scene.ckpt["classes"][: scene.cfg.n or 10]
     strengths = {-1: "w = -1 (no class)", 0: "w = 0", 1: "w = 1", 2: "w = 2", 4: "w = 4"}
-    n = min(scene.cfg.n or 10, len(classes))
-    few = min(50, scene.d.T)
-    rows = [scene.sample(n, steps=few, eta=1.0, guidance=w) for w in strengths]
-    return sheet(rows, classes[:n], list(strengths.values()))
-
-
-# --- 4. The bound --------------------------------------------------------------------------------
+    how = dict(steps=min(50, scene.d.T), eta=1.0)
+    rows = [scene.sample(len(classes), guidance=w, **how) for w in strengths]
+    return sheet(rows, classes, list(strengths.values()))
 
 
 def smooth(values):
-    """Return values (.., T), each averaged over the timesteps within a tenth of t, but not beyond T.
-
-    This removes most of the sampling noise at large t, and changes nothing at t < 10.
-    """
+    """Return values (.., T), each averaged over the timesteps within a tenth of t, but not beyond T."""
     T = values.shape[-1]
     means = []
     for t in range(1, T + 1):
@@ -486,8 +412,7 @@ def rate(scene):
     """Distortion against rate, in bits, as x_T, .., x_1 are sent one by one (DDPM fig. 5).
 
     Look at how the curve begins: the first tenth of the bits removes most of the error. The others
-    describe what the eye hardly notices, so the model is a good lossy compressor. The error is smoothed
-    over neighbouring t, and on a log scale: on the paper's linear one the curve follows the axes.
+    describe what the eye hardly notices, so the model is a good lossy compressor.
     """
     terms, error = scene.bound
     variance = scene.ckpt["process"]["variance"]
@@ -496,7 +421,7 @@ def rate(scene):
     bits = terms[::-1].cumsum()[::-1][1:]
     rmse = 127.5 * smooth(error) ** 0.5
     x = span("rate, bits/dim", [[0], bits])
-    y = span("distortion, RMSE on 0..255", [rmse], log=True)
+    y = span("distortion, RMSE on 0..255", [rmse], log=True)  # on the paper's linear axis, a corner
     title = f"Distortion against rate, sigma^2 = {variance}"
     return lines(x, y, {"": (bits, rmse)}, title, (620, 380))
 
@@ -504,9 +429,8 @@ def rate(scene):
 def terms(scene):
     """The cost of each timestep: the terms L_{t-1} of the bound, averaged over held-out images.
 
-    Look at the left ends: the last timesteps of sampling, in which nothing seems to change, cost most of
-    the bits. There the choice of sigma^2 matters, as the ratios on the right show; at large t it does
-    not. The legend gives the whole bound, L_T included. The curves are smoothed over neighbouring t.
+    Look at the left ends: the last timesteps of sampling, which seem to change nothing, cost most
+    of the bits. Only there the choice of sigma^2 matters. The sums in the legend include L_T.
     """
     mean = scene.bound[0].mean(1)
     cost = smooth(mean[:, :-1].numpy())
@@ -524,10 +448,9 @@ def terms(scene):
     return joined([left, lines(x, y, ratios, title, (440, 380))])
 
 
-FIGURES = {figure.__name__: figure for figure in (
-    forward, schedules, embedding, unet, epochs, loss, reverse, shared, interpolation, steps, guidance,
-    rate, terms,
-)}  # fmt: skip
+NO_NETWORK = (forward, schedules, embedding, unet, loss)
+NETWORK = (epochs, reverse, shared, interpolation, steps, guidance, rate, terms)
+FIGURES = {figure.__name__: figure for figure in NO_NETWORK + NETWORK}
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def variance(d, t, v):
 def split_output(output, xt):
     """Split the output (B, 2C, ...) of a model with learned variances into eps and v, like xt."""
     shape = (len(xt), 2 * xt.shape[1], *xt.shape[2:])
-    check(output.shape == shape, f"the model must return {shape}, got {tuple(output.shape)}")
+    check(output.shape == shape, "the model must return {}, got {}", shape, tuple(output.shape))
     return output.chunk(2, dim=1)
 
 
@@ -79,7 +79,7 @@ def loss_hybrid(model, d, x0, t=None, eps=None, *, weight=0.001):
     if eps is None:
         eps = torch.randn_like(x0)
     t = t.cpu()  # once, because at() would wait for a GPU each time
-    check(t.shape == (len(x0),), f"t must have shape ({len(x0)},), got {tuple(t.shape)}")
+    check(t.shape == x0.shape[:1], "need t {}, got {}", tuple(x0.shape[:1]), tuple(t.shape))
     check(not ddpm.readable(t) or t.min() > 0, "t must be in 1..T: t = 0 is the clean image")
     xt = d.q_sample(x0, t, eps)
     output = model(xt, t.to(x0.device, non_blocking=x0.is_cuda))
@@ -107,7 +107,11 @@ def respaced(model, d, timesteps):
     def respaced_model(xt, t):
         return model(xt, original.to(t.device, non_blocking=t.is_cuda)[t])
 
-    return respaced_model, ddpm.Diffusion(F.pad(beta, (1, 0)))
+    short = ddpm.Diffusion(F.pad(beta, (1, 0)))
+    # It computes alpha_bar from 1 - beta, which has lost digits where beta is close to 1.
+    short.alpha_bar = alpha_bar
+    short.alpha_bar_s = F.pad(alpha_bar[:-1], (1, 0), value=torch.nan)
+    return respaced_model, short
 
 
 def ancestral_step(d, xt, t, eps, v, *, clip=True, noise=torch.randn_like):
@@ -180,11 +184,11 @@ def guided(net, y, none, w=0.0):
     null = torch.as_tensor(none, dtype=y.dtype, device=y.device).expand_as(y)
     if not torch.is_tensor(w):
         w = torch.tensor(w, dtype=torch.float64, device="cpu")
-    w = w.cpu().double().reshape(-1)  # on the CPU first, because Apple GPUs lack float64
-    check(len(w) in (1, len(y)), f"w has {len(w)} entries, but there are {len(y)} conditions")
+    w = w.cpu().double().clone().reshape(-1)  # on the CPU first, because Apple GPUs lack float64
+    check(len(w) in (1, len(y)), "w has {} entries, but there are {} conditions", len(w), len(y))
 
     def model(xt, t):
-        check(len(y) == len(xt), f"need a condition for each of {len(xt)} images, got {len(y)}")
+        check(len(y) == len(xt), "{} images need as many conditions, got {}", len(xt), len(y))
         if (w == 0).all():
             return net(xt, t, y)
         if (w == -1).all():

@@ -47,73 +47,47 @@ class Config:
     # The images. Digits and CIFAR-10 have a size and channels of their own.
     data: str = flag("glyphs", "glyphs (digits), cifar10, or a folder of images", group="data")
     data_dir: str = flag("data", "folder for CIFAR-10 and the caches of image folders")
-    size: tuple | None = flag(
-        None, "crop and scale a folder's images to HEIGHTxWIDTH (default: 32)", type=recipes.size
-    )
+    size: tuple | None = flag(None, "a folder's images become HxW (default: 32)", type=recipes.size)
     channels: int | None = flag(
-        None, "read a folder's images in colour (3) or in grey (1) (default: 3)", choices=(1, 3)
+        None, "read a folder in colour (3, default) or grey (1)", choices=(1, 3)
     )
     skip_broken: bool = flag(False, "skip the files of a folder that are not images")
-    labels: bool | None = flag(
-        None, "learn classes: CIFAR-10's, or the subfolders of --data (digits: always)"
-    )
+    labels: bool | None = flag(None, "learn classes: CIFAR-10's, or a folder's subfolders")
     limit: int | None = flag(None, "train on N images, chosen with a fixed seed", low=1)
 
     # The network, and the process that it learns to reverse. A resumed run keeps all of these.
-    init: str | None = flag(
-        None, "start a new run from the average weights of this checkpoint", group="network"
-    )
+    init: str | None = flag(None, "start from the average weights of a checkpoint", group="network")
     width: int | None = own("width", "channels at full resolution", low=4, high=8192)
     dropout: float | None = own("dropout", "dropout rate in residual blocks", low=0, high=0.999)
     schedule: str | None = own("schedule", "noise schedule", choices=tuple(checkpoint.SCHEDULES))
     timesteps: int = flag(1000, "T, the number of diffusion timesteps", low=1, high=10**6)
-    variance: str = flag(
-        "fixed", "variances of the reverse steps (improved.py)", choices=("fixed", "learned")
-    )
+    variance: str = flag("fixed", "variances of the reverse steps", choices=("fixed", "learned"))
 
     # The training. The paper's text has no warm-up and no clipping; its authors' code has both.
     epochs: int | None = flag(
-        None,
-        "total number of epochs (default: 100, more for small data sets; photos on a CPU: as many "
-        "as fit in 50 minutes)",
-        low=1,
-        group="training",
+        None, "total (default: 100 or more; photos on a CPU: 50 minutes)", low=1, group="training"
     )
-    minutes: int | None = flag(None, "choose --epochs so that the run takes about N minutes", low=1)
+    minutes: int | None = flag(None, "choose --epochs so that the run takes N minutes", low=1)
     batch_size: int | None = own("batch_size", "images per step, over all processes", low=1)
-    micro_batch: int | None = flag(
-        None,
-        "number of images computed at once (default: auto, the fastest in trial steps)",
-        type=recipes.micro_batch,
-    )
+    micro_batch: int | None = flag(None, "images at a time, or auto", type=recipes.micro_batch)
     lr: float | None = own("lr", "learning rate of Adam", low=0)
     warmup: int | None = own("warmup", "steps in which the learning rate rises from 0", low=0)
     decay: str | None = own("decay", "how the learning rate falls to 0", choices=("none", "cosine"))
     ema: float | None = own("ema", "decay of the moving average of the weights", low=0, high=1)
-    flip: bool | None = flag(
-        None, "mirror images at random: yes or no (default: no for digits)", type=recipes.yes_or_no
-    )
+    flip: bool | None = flag(None, "mirror images: yes or no (digits: no)", type=recipes.yes_or_no)
     seed: int = flag(0, "seed of weights, noise and the order of images", low=0, high=2**31)
 
     # The files. Sample grids are saved next to the checkpoint.
     out: str = flag("ckpt.pt", "checkpoint to write (with --init X.pt: X-tuned.pt)", group="output")
-    resume: str | None = flag(
-        None, "continue the run of this checkpoint, and save to the same file"
-    )
-    sample_every: int | None = flag(
-        None, "epochs between sample grids, 0 for none (default: a tenth of --epochs)", low=0
-    )
+    resume: str | None = flag(None, "continue the run of this checkpoint, in the same file")
+    sample_every: int | None = flag(None, "epochs between grids, 0: none (default: a tenth)", low=0)
     log: str | None = flag(None, "file to which each report is appended as a line of JSON")
 
     # The machine.
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps, ...", group="machine")
-    precision: str = flag(
-        "auto", "precision of the network; auto is the faster one", choices=("auto", "fp32", "bf16")
-    )
+    precision: str = flag("auto", "auto is the faster one", choices=("auto", "fp32", "bf16"))
     compile: bool = flag(False, "compile the network: slow to start, faster on a GPU")
-    deterministic: bool = flag(
-        False, "use only deterministic GPU kernels, so that resuming is bit-exact"
-    )
+    deterministic: bool = flag(False, "only deterministic GPU kernels: resuming is bit-exact")
 
 
 # --- The run -------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """The random numbers of a training step. They depend on the seed and the step only.
 
-No generator is carried from step to step. A resumed run therefore uses the same numbers as an
-uninterrupted one, and several processes share the batch of one.
+So a resumed run uses those of an uninterrupted one, and several processes share the batch of one.
 """
 
 import functools
@@ -21,25 +20,21 @@ def mixed(*numbers):
 def sample_batch(step, data, T, batch_size, seed, flip, device):
     """Return x0 (B, C, H, W), labels (B,) or None, t (B,) and eps of a step: this process's share.
 
-    x0 is in [-1, 1]. Everything is on `device`, except t, which stays on the CPU. The images of
-    `data` are uint8, on the CPU or on `device`. A tenth of the labels is dropped.
+    x0 is in [-1, 1]. Everything is on `device`, except t, which stays on the CPU. A tenth of the
+    labels is dropped.
     """
     rank, world = workers.place()
-    torch.manual_seed(mixed(seed, 1, step))
     mine = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
-
-    def move(x, where=device):
-        return x.to(where, non_blocking=device.type == "cuda")
-
-    # The order of these random numbers is part of the checkpoint format: labels, flip, t, eps.
+    move = functools.partial(torch.Tensor.to, device=device, non_blocking=device.type == "cuda")
     i = images_of(step, batch_size, len(data.images), seed)
-    x0 = move(data.images[move(i[mine], data.images.device)]).float() / 127.5 - 1
-    y = None
+    x0, y = data.batch(i[mine], device)
+    # The order of these random numbers is part of the checkpoint format: labels, flip, t, eps.
+    torch.manual_seed(mixed(seed, 1, step))
     if data.labels is not None:
         y = move(improved.drop_labels(data.labels[i], len(data.classes))[mine])
     if flip:
-        mirror = move((torch.rand(batch_size) < 0.5)[mine])
-        x0 = torch.where(mirror[:, None, None, None], x0.flip(3), x0)
+        mirror = move((torch.rand(batch_size, 1, 1, 1) < 0.5)[mine])
+        x0 = torch.where(mirror, x0.flip(3), x0)
     t = torch.randint(1, T + 1, (batch_size,))[mine]
     eps = torch.randn(batch_size, *x0.shape[1:], device=device)[mine]
     if world > 1:  # what follows is dropout, whose masks must differ between the processes
@@ -49,9 +44,9 @@ def sample_batch(step, data, T, batch_size, seed, flip, device):
 
 def on_device(data, device):
     """Return the data with its images on a GPU if they take at most a quarter of its free memory."""
-    if device.type == "cuda" and data.images.nbytes < 0.25 * torch.cuda.mem_get_info(device)[0]:
-        return data._replace(images=data.images.to(device))
-    return data
+    need = data.images.shape.numel()
+    fits = device.type == "cuda" and need < 0.25 * torch.cuda.mem_get_info(device)[0]
+    return data._replace(images=data.images[:].to(device)) if fits else data
 
 
 def images_of(step, B, N, seed):
@@ -72,11 +67,8 @@ def fixed_batches(data, T, count, micro_batch, device):
     The images take turns, and t is evenly spaced over 1..T, in an order that no class can follow.
     """
     order = torch.from_numpy(np.random.default_rng(0).permutation(count))
-    for first in range(0, count, micro_batch):
-        k = torch.arange(first, min(count, first + micro_batch))
-        i = k % len(data.images)
-        x0 = data.images[i].to(device).float() / 127.5 - 1
-        y = None if data.labels is None else data.labels[i].to(device)
+    for k in torch.arange(count).split(micro_batch):
+        x0, y = data.batch(k % len(data.images), device)
         t = 1 + (2 * order[k] + 1) * T // (2 * count)
         eps = sampling.image_noise([mixed(4, n) for n in k.tolist()])(x0)
         yield x0.contiguous(memory_format=torch.channels_last), y, t, eps

@@ -24,8 +24,6 @@ try:
 except ImportError:  # Windows has no such module
     resource = None
 
-UNKNOWN = 4 * 2**30  # bytes that count as free where free memory cannot be read
-
 
 class Cost(NamedTuple):
     """A training step on this machine."""
@@ -41,6 +39,10 @@ class Cost(NamedTuple):
             f"about {self.seconds:.3f} seconds in {self.precision}, {self.micro_batch} images at a "
             f"time; about {gigabytes(self.memory)} in all, and {gigabytes(self.free)} are free"
         )
+
+
+def gigabytes(count):
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.0f} MB"
 
 
 # --- Memory --------------------------------------------------------------------------------------
@@ -64,7 +66,7 @@ def kept(net, xt, t):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        net(xt.contiguous(memory_format=torch.channels_last), t).sum()
+        net(xt.contiguous(memory_format=torch.channels_last), t)
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors.values())
 
 
@@ -76,22 +78,21 @@ def check(network, shape, batch_size, device):
     free = free_memory(device)
     if needed > free:
         raise Failure(
-            f"a training step needs {gigabytes(needed)} even with one image of {shape[1]}x{shape[2]} at "
-            f"a time, and {gigabytes(free)} are free; try a smaller --width, --size or --batch-size"
+            f"a training step needs {gigabytes(needed)} even with one image at a time, and "
+            f"{gigabytes(free)} are free; try a smaller --width, --size or --batch-size"
         )
 
 
 def free_memory(device):
-    """Return the bytes that this process may still use on a device."""
+    """Return the bytes that this process may still use on a device; 4 GiB where that is unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    free = UNKNOWN
+    free = 4 * 2**30
     with contextlib.suppress(OSError):  # Linux only
-        for line in open("/proc/meminfo"):
-            if line.startswith("MemAvailable:"):
-                free = 1024 * int(line.split()[1])
+        available = pathlib.Path("/proc/meminfo").read_text().split("MemAvailable:")[1]
+        free = 1024 * int(available.split()[0])
     with contextlib.suppress(OSError, ValueError):  # the limit of a container: a number, or "max"
         group = pathlib.Path("/sys/fs/cgroup")
         limit = int((group / "memory.max").read_text())
@@ -124,8 +125,7 @@ def trial(net, about, batch, device, precision="auto", micro_batch=None):
     free = free_memory(device)
     before = used(device)
     weights, image = memory(about["network"], about["shape"])
-    n = micro_batch or max(1, int((free / 2 - 12 * weights) / image))
-    n = min(n, batch)
+    n = min(batch, micro_batch or max(1, int((free / 2 - 12 * weights) / image)))
     names = [precision]
     if precision == "auto":
         names = ["fp32", "bf16"] if devices.has_bf16(device) else ["fp32"]
@@ -183,7 +183,3 @@ def timed(net, shape, n, device, precision):
     seconds = time.monotonic() - start
     net.zero_grad()
     return seconds
-
-
-def gigabytes(count):
-    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.0f} MB"

@@ -2,8 +2,7 @@
 
 It is a torch.save archive of a dictionary, followed by a SHA-256 of every byte before, because
 torch.load accepts most flipped bits as other weights. Loading runs no code of the file. A
-checkpoint of convert.py, or a folder in diffusers' layout, has no run: it can be sampled,
-evaluated and used by --init, but not resumed.
+checkpoint of convert.py, or a folder in diffusers' layout, has no run that --resume could continue.
 """
 
 import hashlib
@@ -20,11 +19,9 @@ from support.files import replacing
 
 FORMAT = 2  # format 1 had no process, which follows from its config
 SEAL = b"\nddpm checkpoint; SHA-256 of all above: "  # the digest's 32 bytes end the file
-SCHEDULES = {
-    "linear": ddpm.linear_schedule,
-    "cosine": ddpm.cosine_schedule,
-    "exponential": ddpm.exponential_schedule,
-}
+SCHEDULES = dict(
+    linear=ddpm.linear_schedule, cosine=ddpm.cosine_schedule, exponential=ddpm.exponential_schedule
+)
 # The types of a checkpoint's fields. A run has all of RUN; weights alone have none of them.
 FIELDS = dict(network=dict, shape=tuple, classes=list, process=dict, step=int, model=dict, ema=dict)
 RUN = dict(config=dict, images=int, fingerprint=int, optimizer=dict)
@@ -44,19 +41,18 @@ def save(path, ckpt):
 
 
 def load(path):
-    """Return the dictionary that save() wrote, on the CPU. Raises Failure for any other file.
-
-    A folder in diffusers' layout becomes a dictionary without a run, whose weights are both sets.
-    """
+    """Return the dictionary that save() wrote, or a diffusers folder as one without a run."""
     if os.path.isdir(path):
         ckpt = diffusers_format.read_folder(path)
     else:
-        archive = io.BytesIO(unsealed(path))
+        archive = unsealed(path)
+        if not archive:
+            raise Failure(f"{path}: not a complete checkpoint; convert.py reads other weights")
         try:
             ckpt = torch.load(archive, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError:
             raise Failure(f"{path}: contains more than tensors and plain values") from None
-        number = ckpt.get("ddpm_format") if isinstance(ckpt, dict) else None
+        number = ckpt.get("ddpm_format")
         if number not in (1, FORMAT):
             raise Failure(f"{path}: format {number} is not supported; update this program")
         if number == 1:
@@ -65,11 +61,23 @@ def load(path):
     return ckpt
 
 
+def unsealed(path):
+    """Return the archive in a checkpoint, None if the file is not one. Raises Failure if damaged."""
+    with open(path, "rb") as file:
+        content = memoryview(file.read())
+    archive = content[: -len(SEAL) - 32]
+    if content[len(archive) : -32] != SEAL:
+        return None
+    if content[-32:] != hashlib.sha256(archive).digest():
+        raise Failure(f"{path}: damaged: its checksum does not match its contents")
+    return io.BytesIO(archive)
+
+
 def upgrade(ckpt):
     """Complete a checkpoint of format 1, whose runs had no learned variances and used every label."""
     ckpt["network"] = {"out_channels": ckpt["network"]["in_channels"], **ckpt["network"]}
-    ckpt["config"] = {"variance": "fixed", "labels": bool(ckpt["classes"]), **ckpt["config"]}
-    config = ckpt["config"]
+    config = {"variance": "fixed", "labels": bool(ckpt["classes"]), **ckpt["config"]}
+    ckpt["config"] = config
     ckpt["process"] = process(config["schedule"], config["timesteps"], config["variance"])
 
 
@@ -97,38 +105,10 @@ def title(ckpt, weights):
     return f"{weights} weights at step {ckpt['step']}" if ckpt["step"] else "converted weights"
 
 
-# --- Checks --------------------------------------------------------------------------------------
-
-
-def sealed(path):
-    """Return whether a file ends as a checkpoint does."""
-    with open(path, "rb") as file:
-        file.seek(max(0, os.path.getsize(path) - len(SEAL) - 32))
-        return file.read(len(SEAL)) == SEAL
-
-
-def unsealed(path):
-    """Return the bytes of a checkpoint before its checksum. Raises Failure if they do not match it."""
-    if not os.path.isfile(path):
-        raise Failure(f"{path}: no such file; train.py and convert.py write checkpoints (--out)")
-    if not sealed(path):
-        raise Failure(
-            f"{path}: not a complete checkpoint of train.py; convert.py reads other weights"
-        )
-    with open(path, "rb") as file:
-        content = memoryview(file.read())
-    archive = content[: -len(SEAL) - 32]
-    if hashlib.sha256(archive).digest() != content[-32:]:
-        raise Failure(f"{path}: damaged: its checksum does not match its contents")
-    return archive
-
-
 def need(path, ok, field):
     """Raise Failure, which names the field of the checkpoint, unless `ok`."""
     if not ok:
-        raise Failure(
-            f"{path}: this checkpoint's settings and weights do not match (field: {field})"
-        )
+        raise Failure(f"{path}: its settings and weights do not match (field: {field})")
 
 
 def is_like(value, shape):
@@ -138,33 +118,31 @@ def is_like(value, shape):
 
 def check(path, ckpt):
     """Raise Failure unless types, names and shapes are as save() writes them."""
-    for fields, part, prefix in (
-        (FIELDS | RUN if holds_run(ckpt) else FIELDS, ckpt, ""),
-        (NETWORK, ckpt.get("network"), "network."),
-        (PROCESS, ckpt.get("process"), "process."),
-    ):
-        for name, kind in fields.items():
-            need(path, isinstance(part, dict) and isinstance(part.get(name), kind), prefix + name)
+    fields = FIELDS | RUN if holds_run(ckpt) else FIELDS
+    for prefix, types in (("", fields), ("network.", NETWORK), ("process.", PROCESS)):
+        part = ckpt[prefix[:-1]] if prefix else ckpt
+        for name, kind in types.items():
+            need(path, isinstance(part.get(name), kind), prefix + name)
     network = ckpt["network"]
-    channels = network["in_channels"]
-    learns = ckpt["process"]["variance"] == "learned"
-    numbers = [*ckpt["shape"], *network["mult"], *network["attention"]]
-    need(path, network.keys() == NETWORK.keys(), "network")
-    need(path, all(type(number) is int for number in numbers), "shape, mult or attention")
-    need(path, len(ckpt["shape"]) == 3 and ckpt["shape"][0] == channels, "shape")
+    C, *sides = ckpt["shape"]
     factor = 2 ** (len(network["mult"]) - 1)
-    need(path, all(side > 0 and side % factor == 0 for side in ckpt["shape"][1:]), "shape")
-    need(path, len(ckpt["classes"]) == (network["num_classes"] or 0), "classes")
-    need(path, network["out_channels"] == channels * (2 if learns else 1), "process.variance")
+    multiples = all(type(side) is int and side > 0 and side % factor == 0 for side in sides)
+    outputs = C * (2 if ckpt["process"]["variance"] == "learned" else 1)
+    K = network["num_classes"] or 0
+    need(path, network.keys() == NETWORK.keys(), "network")
+    need(path, C == network["in_channels"] and len(sides) == 2 and multiples, "shape")
+    need(path, outputs == network["out_channels"], "process.variance")
+    names = ckpt["classes"]
+    who = f"classes; convert.py --classes or classes.txt must name {K} different ones"
+    need(path, len(names) == len(set(names)) == K and "" not in names, who)
     try:
         ddpm.Diffusion(ckpt["process"]["beta"])
         shapes = diffusers_format.shapes(network)
     except ValueError as error:  # ddpm.py rejects what the file contains
         raise Failure(f"{path}: {error}") from None
     for part in ("model", "ema"):
-        need(path, ckpt[part].keys() == shapes.keys(), part)
-        for name, shape in shapes.items():
-            need(path, is_like(ckpt[part][name], shape), f"{part}.{name}")
+        for name in ckpt[part] | shapes:
+            need(path, is_like(ckpt[part].get(name), shapes.get(name)), f"{part}.{name}")
 
 
 def load_optimizer(path, saved, optimizer):
@@ -174,26 +152,19 @@ def load_optimizer(path, saved, optimizer):
     """
     params = optimizer.param_groups[0]["params"]
     state = saved.get("state")
-    numbers = list(range(len(params)))
-    need(path, isinstance(state, dict) and list(state) == numbers, "optimizer.state")
+    complete = isinstance(state, dict) and list(state) == list(range(len(params)))
+    need(path, complete, "optimizer.state")
     for i, weight in enumerate(params):
-        expected = dict(step=torch.tensor(0.0), exp_avg=weight, exp_avg_sq=weight)
-        for name, tensor in expected.items():
+        for name, like in dict(step=torch.zeros(()), exp_avg=weight, exp_avg_sq=weight).items():
             value = state[i].get(name)
-            same = is_like(value, tensor.shape) and value.stride() == tensor.stride()
+            same = is_like(value, like.shape) and value.stride() == like.stride()
             need(path, same, f"optimizer.{i}.{name}")
     groups = optimizer.state_dict()["param_groups"]  # this run's own settings, not the file's
     optimizer.load_state_dict(dict(state=state, param_groups=groups))
 
 
-# --- Networks from a checkpoint ------------------------------------------------------------------
-
-
 def load_model(path, weights="ema", device="cpu"):
-    """Return the checkpoint, its network in eval mode on `device`, and its diffusion.
-
-    weights: "ema", the moving average, or "raw", the last weights.
-    """
+    """Return the checkpoint, its network in eval mode, and its diffusion. weights: "ema" or "raw"."""
     ckpt = load(path)
     net = ddpm.UNet(**ckpt["network"])
     net.load_state_dict(ckpt["ema" if weights == "ema" else "model"])
@@ -205,9 +176,9 @@ def load_model(path, weights="ema", device="cpu"):
 def starting_weights(ckpt, classes):
     """Return the average weights for a network with other classes, which at first predicts the same eps.
 
-    A class keeps its row of the label table by its name. A new class starts as the old "no label".
-    If the network loses its classes, the effect of "no label" is added to the time's bias, since
-    both embeddings are added. A network without classes had a row of zeros.
+    A class keeps its row of the label table by its name. A new class starts as the old "no label",
+    a row of zeros if there were no classes. Without classes, that row is added to the time's bias,
+    since both embeddings are added.
     """
     weights = dict(ckpt["ema"])
     bias = weights["time.2.bias"]

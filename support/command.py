@@ -58,44 +58,37 @@ class Once(argparse.Action):
 
 def parse_flags(config, description, argv):
     """Return argv as an instance of `config`, and the set of names of the flags that were given."""
-    parser = Parser(
-        description=description,
-        argument_default=argparse.SUPPRESS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    how = dict(description=description, argument_default=argparse.SUPPRESS)
+    parser = Parser(formatter_class=argparse.RawDescriptionHelpFormatter, **how)
     section = parser
     for f in fields(config):
-        if "group" in f.metadata:
-            section = parser.add_argument_group(f.metadata["group"])
-        add_flag(section, f)
+        about = f.metadata
+        if "group" in about:
+            section = parser.add_argument_group(about["group"])
+        names = [flag_name(f.name)] + ([about["alias"]] if "alias" in about else [])
+        section.add_argument(*names, dest=f.name, **argument(f.type, f.default, about))
     given = vars(parser.parse_args(argv))
     return config(**given), set(given)
 
 
-def add_flag(section, f):
-    """Add the flag of the dataclass field `f` to a section of an argparse parser."""
-    about = f.metadata
+def argument(kind, default, about):
+    """Return the arguments of add_argument for a field: its annotation, default and metadata."""
     text = about["help"].replace("%", "%%")
-    if f.default not in (None, MISSING) and f.default is not False:
-        text += f" (default: {f.default})"
-    names = [flag_name(f.name)] + ([about["alias"]] if "alias" in about else [])
-    kind = f.type
+    if default not in (None, MISSING) and default is not False:
+        text += f" (default: {default})"
     if isinstance(kind, types.UnionType):  # int | None
         kind = typing.get_args(kind)[0]
     if kind is bool and "type" not in about:
-        section.add_argument(*names, dest=f.name, action="store_true", help=text)
-        return
+        return dict(action="store_true", help=text)
     several = typing.get_origin(kind) is list
     if several:
         kind = typing.get_args(kind)[0]
     metavar = None if "choices" in about else {int: "N", float: "X"}.get(kind)
-    section.add_argument(
-        *names,
-        dest=f.name,
+    return dict(
         action="append" if several else Once,
         type=value_parser(about.get("type", kind), about.get("low"), about.get("high")),
         help=text,
-        required=f.default is MISSING,
+        required=default is MISSING,
         choices=about.get("choices"),
         metavar=about.get("metavar", metavar),
     )
@@ -110,6 +103,8 @@ def value_parser(kind, low, high):
         value = kind(text)
         if kind is float and not math.isfinite(value):
             raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+        if kind is int and value > 10**9:
+            raise argparse.ArgumentTypeError(f"{text} is too large")
         if (low is not None and value < low) or (high is not None and value > high):
             span = f"at least {low}" if high is None else f"from {low} to {high}"
             raise argparse.ArgumentTypeError(f"{text}: must be {span}")
@@ -125,6 +120,7 @@ def value_parser(kind, low, high):
 def run(main, config, description):
     """Call main(settings, names of the flags given). An expected error becomes one line and a status."""
     on_ending_signals(interrupt)
+    status = 1
     try:
         main(*parse_flags(config, description, sys.argv[1:]))
         return
@@ -135,10 +131,8 @@ def run(main, config, description):
         status = 128 + (error.args[0] if error.args else signal.SIGINT)
         message = "interrupted"
     except OSError as error:
-        status = 1
-        message = f"{error.filename}: {error.strerror}" if error.filename else error
+        message = f"{error.filename}: {error.strerror or error}" if error.filename else error
     except (MemoryError, RuntimeError) as error:
-        status = 1
         if out_of_memory(error):
             message = "out of memory; try a smaller --batch-size, or a smaller network or images"
         elif "gloo" in str(error) or "NCCL" in str(error):

@@ -14,9 +14,9 @@ def pick_device(name):
         if torch.cuda.is_available():
             name = "cuda"
     try:
-        torch.empty(1, device=name)
+        torch.zeros(1, device=name).item()  # "meta" has no values
     except (RuntimeError, AssertionError, ImportError) as error:  # as torch's backends raise
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0][:100]
         raise UsageError(f"--device {name}: {reason}; try cpu") from None
     device = torch.device(name)
     if device.type == "cuda" and device.index is not None:

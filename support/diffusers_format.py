@@ -1,61 +1,59 @@
 """Networks in files of other programs: diffusers folders, the authors' weights, plain state_dicts.
 
-Every function here returns or expects a checkpoint without a run, as support/checkpoint.py describes
-it. Its load() or convert.py checks that the settings and the weights fit together. Settings that
-ddpm.py does not support are rejected by name.
+Each function that reads one returns a checkpoint without a run, for support/checkpoint.py to check.
 """
 
-import inspect
 import json
 import pathlib
-import pickle
-import warnings
+from types import NoneType
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 import ddpm
-from support.errors import Failure, UsageError
+from support.errors import Failure
 from support.progress import note
 
 # --- Settings ------------------------------------------------------------------------------------
 
-VERSION = "0.42.1"  # of diffusers: the tests load our folders with it
-
-# These settings are the same for every network and every process of ddpm.py. A file of an older
-# version may lack some of them: diffusers' defaults are the same.
+# What each network and process of ddpm.py has, unless the functions below replace it. These are
+# diffusers' defaults, so files of an older version may lack some of them.
 NETWORK = json.loads("""{
+    "_class_name": "UNet2DModel", "_diffusers_version": "0.42.1",
     "dropout": 0.0, "num_class_embeds": null, "class_embed_type": null, "center_input_sample": false,
     "act_fn": "silu", "add_attention": true, "attn_norm_num_groups": null, "downsample_type": "conv",
     "upsample_type": "conv", "mid_block_type": "UNetMidBlock2D", "mid_block_scale_factor": 1,
     "resnet_time_scale_shift": "default", "time_embedding_dim": null, "time_embedding_type": "positional"
 }""")
 PROCESS = json.loads("""{
+    "_class_name": "DDPMScheduler", "_diffusers_version": "0.42.1",
     "beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02, "trained_betas": null,
     "clip_sample": true, "clip_sample_range": 1.0, "variance_type": "fixed_small",
-    "prediction_type": "epsilon", "thresholding": false, "rescale_betas_zero_snr": false
+    "prediction_type": "epsilon", "thresholding": false, "rescale_betas_zero_snr": false,
+    "num_train_timesteps": 1000
 }""")
-# Settings that change neither network nor process: how unet_ema/ was averaged; how timesteps are chosen.
-IGNORED = set(
-    "decay min_decay inv_gamma power optimization_step update_after_step use_ema_warmup "
-    "dynamic_thresholding_ratio sample_max_value timestep_spacing steps_offset set_alpha_to_one "
-    "skip_prk_steps".split()
-)
-VARIANCES = {
-    "fixed_large": "beta",
-    "fixed_small_log": "beta_tilde",
-    "fixed_small": "beta_tilde",  # we write the later one of two names
-    "learned_range": "learned",
-}
+# These change neither network nor process: how unet_ema/ was averaged; how timesteps are chosen.
+IGNORED = """decay min_decay inv_gamma power optimization_step update_after_step use_ema_warmup
+    dynamic_thresholding_ratio sample_max_value timestep_spacing steps_offset set_alpha_to_one
+    skip_prk_steps _diffusers_version _name_or_path _step""".split()
+# The types of the settings from which a network and a process are computed.
+NUMBER = (int, float)
+NETWORK_TYPES = dict(sample_size=(int, list), in_channels=int, out_channels=int, dropout=NUMBER)
+NETWORK_TYPES |= dict(block_out_channels=list, layers_per_block=int, down_block_types=list)
+NETWORK_TYPES |= dict(norm_num_groups=int, num_class_embeds=(int, NoneType))
+PROCESS_TYPES = dict(num_train_timesteps=int, beta_start=NUMBER, beta_end=NUMBER, beta_schedule=str)
+PROCESS_TYPES |= dict(trained_betas=(list, NoneType), variance_type=str, clip_sample=bool)
+VARIANCES = {"fixed_small_log": "beta_tilde"}  # a second name; we write the others
+VARIANCES |= {"fixed_large": "beta", "fixed_small": "beta_tilde", "learned_range": "learned"}
 
 
-def model_config(network, H, W):
+def model_config(network, sample_size):
     """Return the settings of the UNet2DModel that computes what ddpm.UNet(**network) computes."""
     kinds = ["Attn" if i in network["attention"] else "" for i in range(len(network["mult"]))]
     K = network["num_classes"]
     return NETWORK | {
-        "sample_size": H if H == W else [H, W],
+        "sample_size": sample_size,
         "in_channels": network["in_channels"],
         "out_channels": network["out_channels"],
         "block_out_channels": [network["ch"] * m for m in network["mult"]],
@@ -78,49 +76,54 @@ def scheduler_config(process):
     named = {"linear": "linear", "cosine": "squaredcos_cap_v2"}.get(process["schedule"])
     beta = process["beta"][1:].tolist()
     return PROCESS | {
-        "num_train_timesteps": len(beta),
         "beta_schedule": named or "linear",
         "trained_betas": None if named else beta,
-        "variance_type": {ours: theirs for theirs, ours in VARIANCES.items()}[process["variance"]],
         "clip_sample": process["clip"],
+        "variance_type": {ours: theirs for theirs, ours in VARIANCES.items()}[process["variance"]],
+        "num_train_timesteps": len(beta),
     }
 
 
-def read_settings(path, kinds, defaults):
-    """Return the settings in a JSON file, completed by `defaults`."""
+def read_settings(path, defaults, types):
+    """Return the settings in a JSON file, completed by `defaults`. Some have these types."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise Failure(f"{path}: cannot be read as JSON ({error})") from None
-    if found.get("_class_name", kinds[0]) not in kinds:
-        reject(path, found, "_class_name", f"supported: {', '.join(kinds)}")
-    return defaults | found
+    settings = defaults | found if isinstance(found, dict) else {}
+    for name, kind in types.items():
+        value = settings.get(name, "missing")
+        if not isinstance(value, kind):
+            raise Failure(f"{path}: {name} is {json.dumps(value)[:60]}, which is not supported")
+    return settings
 
 
-def reject(path, settings, name, why):
-    value = json.dumps(settings[name])[:60] if name in settings else "missing"
-    raise Failure(f"{path}: {name} is {value}; {why}")
-
-
-def compare(path, found, expected):
-    """Raise Failure unless the settings in a file are the expected ones."""
-    for name in found | expected:
-        if name.startswith("_") or name in IGNORED:
-            continue
-        if name not in expected:
-            reject(path, found, name, "this setting is not supported")
-        if name not in found or found[name] != expected[name]:
-            reject(path, found, name, f"in ddpm.py it is {json.dumps(expected[name])}")
+def compare(path, config, ours, **choices):
+    """Raise Failure unless the settings in a file are ours. choices: other supported values."""
+    for name in config | ours:
+        value = config.get(name, "missing")
+        supported = choices.get(name, [ours.get(name, "missing")])
+        if value not in supported and name not in IGNORED:
+            values = ", ".join(map(json.dumps, supported))[:60]
+            raise Failure(f"{path}: {name} is {json.dumps(value)[:60]}; supported: {values}")
 
 
 def read_network(path):
     """Return the arguments of ddpm.UNet, the shape (C, H, W) of its images and its training steps."""
-    config = read_settings(path, ["UNet2DModel"], NETWORK)
+    config = read_settings(path, NETWORK, NETWORK_TYPES)
+    compare(path, config, config, _class_name=["UNet2DModel"])  # others have other settings
+    config.pop("num_train_timesteps", None)  # unused
+    sides = config["sample_size"]
+    size = sides if isinstance(sides, list) else [sides, sides]
     channels = config["block_out_channels"]
+    sizes = [*channels, config["layers_per_block"], config["norm_num_groups"]]
+    if not channels or not all(type(size) is int and size > 0 for size in sizes):
+        names = "block_out_channels, layers_per_block and norm_num_groups"
+        raise Failure(f"{path}: {names} must be positive")
     embeds = config["num_class_embeds"]
     attention = [i for i, kind in enumerate(config["down_block_types"]) if "Attn" in kind]
     network = dict(
-        in_channels=config["in_channels"],
+        in_channels=1 if config["in_channels"] == 1 else 3,  # grey or RGB
         out_channels=config["out_channels"],
         ch=channels[0],
         mult=tuple(c // channels[0] for c in channels),
@@ -131,139 +134,105 @@ def read_network(path):
         num_classes=embeds - 1 if embeds else None,
     )
     widths = {channels[i] for i in (*attention, -1)}
-    if widths == {config.get("attention_head_dim")}:
-        config["attention_head_dim"] = None  # heads as wide as the layer: one head
-    C = network["in_channels"]
-    if C not in (1, 3):
-        reject(path, config, "in_channels", "it must be 3, or 1 for grey images")
-    sides = config["sample_size"]
-    H, W = sides if isinstance(sides, list) else (sides, sides)
-    any_value = {"sample_size": sides, "num_train_timesteps": config.get("num_train_timesteps")}
-    compare(path, any_value | config, model_config(network, H, W) | any_value)
-    return network, (C, H, W), config.get("_step", 0)
+    one_head = [None, *widths] if len(widths) == 1 else [None]  # a head as wide as the layer
+    compare(path, config, model_config(network, sides), attention_head_dim=one_head)
+    return network, (network["in_channels"], *size), config.get("_step", 0)
 
 
 def read_process(path):
     """Return the process of a scheduler."""
-    config = read_settings(path, ["DDPMScheduler", "DDIMScheduler"], PROCESS)
-    kind = config["variance_type"]
-    if kind not in VARIANCES:
-        reject(path, config, "variance_type", f"supported: {', '.join(VARIANCES)}")
-    beta = read_betas(path, config)
+    config = read_settings(path, PROCESS, PROCESS_TYPES)
+    T = config["num_train_timesteps"]
+    first = config["beta_start"]
+    last = config["beta_end"]
+    if min(T, first, last) <= 0:
+        raise Failure(f"{path}: timesteps and betas must be positive")
+    given = config["trained_betas"]
+    rise = torch.linspace(-6, 6, T, dtype=torch.float64).sigmoid()
+    tables = {
+        "linear": ddpm.linear_schedule(T, first, last),
+        "squaredcos_cap_v2": ddpm.cosine_schedule(T),
+        "scaled_linear": ddpm.linear_schedule(T, first**0.5, last**0.5) ** 2,
+        "sigmoid": F.pad(first + (last - first) * rise, (1, 0)),
+    }
+    beta = tables.get(config["beta_schedule"], tables["linear"])
+    if given is not None:
+        beta = F.pad(torch.tensor(given, dtype=torch.float64), (1, 0))
     schedule = "table"
     for name in ("linear", "cosine", "exponential"):
         if torch.equal(beta, getattr(ddpm, f"{name}_schedule")(len(beta) - 1)):
             schedule = name
-    clip = config["clip_sample"]
-    process = dict(beta=beta, schedule=schedule, variance=VARIANCES[kind], clip=clip)
-    read = ("beta_schedule", "beta_start", "beta_end", "trained_betas", "variance_type")
-    compare(path, config, scheduler_config(process) | {name: config[name] for name in read})
+    variance = VARIANCES.get(config["variance_type"], "beta")
+    process = dict(beta=beta, schedule=schedule, variance=variance, clip=config["clip_sample"])
+    classes = ["DDPMScheduler", "DDIMScheduler"]
+    compare(path, config, scheduler_config(process), _class_name=classes, variance_type=VARIANCES,
+            beta_schedule=tables, beta_start=[first], beta_end=[last], trained_betas=[given])  # fmt: skip
     return process
-
-
-def read_betas(path, config):
-    """Return the table beta[0..T]."""
-    T = config.get("num_train_timesteps", 1000)
-    kind, first, last = (config[f"beta_{name}"] for name in ("schedule", "start", "end"))
-    if config["trained_betas"] is not None:
-        return F.pad(torch.tensor(config["trained_betas"], dtype=torch.float64), (1, 0))
-    if kind == "linear":
-        return ddpm.linear_schedule(T, first, last)
-    if kind == "squaredcos_cap_v2":
-        return ddpm.cosine_schedule(T)
-    if kind == "scaled_linear":
-        return ddpm.linear_schedule(T, first**0.5, last**0.5) ** 2
-    if kind == "sigmoid":
-        rise = torch.linspace(-6, 6, T, dtype=torch.float64).sigmoid()
-        return F.pad(first + (last - first) * rise, (1, 0))
-    reject(path, config, "beta_schedule", "it is not supported")
 
 
 # --- Names of the layers -------------------------------------------------------------------------
 
-# The layers of a block: in ddpm.py, in diffusers, in the authors' weights.
-RES = [
-    "norm1 conv1 emb norm2 conv2 shortcut".split(),
-    "norm1 conv1 time_emb_proj norm2 conv2 conv_shortcut".split(),
-    "norm1 conv1 temb_proj norm2 conv2 nin_shortcut".split(),
-]
-ATTENTION = [
-    "norm q k v out".split(),
-    "group_norm to_q to_k to_v to_out.0".split(),
-    "norm q k v proj_out".split(),
-]
+DIFFUSERS = 1  # columns of the table
+AUTHORS = 2
+# Parts of names in ddpm.py, in diffusers, and in the authors' weights. Other parts are the same.
+PARTS = """
+time.0       time_embedding.linear_1  temb.dense.0
+time.2       time_embedding.linear_2  temb.dense.1
+label        class_embedding          label
+down         down_blocks              down
+mid.0        mid_block.resnets.0      mid.block_1
+mid.1        mid_block.attentions.0   mid.attn_1
+mid.2        mid_block.resnets.1      mid.block_2
+up           up_blocks                up
+block        resnets                  block
+attn         attentions               attn
+downsample   downsamplers.0           downsample
+upsample     upsamplers.0             upsample
+norm_out     conv_norm_out            norm_out
+emb          time_emb_proj            temb_proj
+shortcut     conv_shortcut            nin_shortcut
+norm         group_norm               norm
+q            to_q                     q
+k            to_k                     k
+v            to_v                     v
+out          to_out.0                 proj_out
+"""
 # diffusers renamed its attention in 2023. The published files are older.
 OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 CONVOLUTIONS = (".q.weight", ".k.weight", ".v.weight", ".out.weight")  # Linear layers in diffusers
-DIFFUSERS, AUTHORS = 1, 2  # columns of the tables above
 
 
-def layers(network):
-    """Yield the names of each layer that such a network can have: ours, diffusers', the authors'.
+def names(weights, network, column):
+    """Return {name in a column: name} of tensors in ddpm.UNet(**network).
 
     Our numbers continue through all levels; theirs begin again at each level. diffusers counts the
     levels of up_blocks from the lowest, the authors count those of up from the highest.
     """
-    levels = len(network["mult"])
-    blocks = network["blocks"]
-
-    def block(parts, *wholes):
-        for row in zip(*parts):
-            yield tuple(f"{whole}.{part}" for whole, part in zip(wholes, row))
-
-    def stage(ours, theirs, authors, j):
-        yield from block(RES, f"{ours}.0", f"{theirs}.resnets.{j}", f"{authors}.block.{j}")
-        yield from block(ATTENTION, f"{ours}.1", f"{theirs}.attentions.{j}", f"{authors}.attn.{j}")
-
-    yield "time.0", "time_embedding.linear_1", "temb.dense.0"
-    yield "time.2", "time_embedding.linear_2", "temb.dense.1"
-    yield "label", "class_embedding", "label"
-    yield ("conv_in",) * 3
-    for level in range(levels):
-        i, theirs, authors = level * (blocks + 1), f"down_blocks.{level}", f"down.{level}"
-        for j in range(blocks):
-            yield from stage(f"down.{i + j}", theirs, authors, j)
-        yield f"down.{i + blocks}.1", f"{theirs}.downsamplers.0.conv", f"{authors}.downsample.conv"
-    yield from block(RES, "mid.0", "mid_block.resnets.0", "mid.block_1")
-    yield from block(ATTENTION, "mid.1", "mid_block.attentions.0", "mid.attn_1")
-    yield from block(RES, "mid.2", "mid_block.resnets.1", "mid.block_2")
-    for rung in range(levels):
-        level = levels - 1 - rung
-        i, theirs, authors = rung * (blocks + 1), f"up_blocks.{rung}", f"up.{level}"
-        for j in range(blocks + 1):
-            yield from stage(f"up.{i + j}", theirs, authors, j)
-        place = 3 if level in network["attention"] else 2
-        upsample = f"up.{i + blocks}.{place}"
-        yield upsample, f"{theirs}.upsamplers.0.conv", f"{authors}.upsample.conv"
-    yield "norm_out", "conv_norm_out", "norm_out"
-    yield ("conv_out",) * 3
-
-
-def names(network, column):
-    """Return {name in ddpm.UNet: name in a column} of each tensor that such a network can have."""
-    rows = [(row[0], row[column]) for row in layers(network)]
-    return {f"{a}.{kind}": f"{b}.{kind}" for a, b in rows for kind in ("weight", "bias")}
-
-
-def renamed(path, found, network, column):
-    """Return `found`, {name in a column: tensor}, as {name in ddpm.UNet: tensor}."""
-    ours = {theirs: name for name, theirs in names(network, column).items()}
-    weights = {}
-    for theirs, tensor in found.items():
-        name = ours.get(".".join(OLD.get(part, part) for part in theirs.split(".")))
-        if name is None:
-            raise Failure(f"{path}: {theirs} is not a part of the network")
-        if name.endswith(CONVOLUTIONS) and tensor.ndim == 2:
-            tensor = tensor[:, :, None, None]
-        weights[name] = tensor
-    return weights
+    found = {}
+    for name in weights:
+        theirs = f".{name}"
+        if name.startswith(("down.", "up.")):
+            way, i, place, *rest = name.split(".")
+            level, j = divmod(int(i), network["blocks"] + 1)
+            if way == "up" and column == AUTHORS:
+                level = len(network["mult"]) - 1 - level
+            if len(rest) == 1:  # after the last block of a level
+                layer = f"{way}sample.conv"
+            else:
+                layer = f"block.{j}" if place == "0" else f"attn.{j}"
+            theirs = f".{way}.{level}.{layer}.{'.'.join(rest)}"
+        for row in PARTS.strip().splitlines():
+            parts = row.split()
+            theirs = theirs.replace(f".{parts[0]}.", f".{parts[column]}.")
+        found[theirs[1:]] = name
+    return found
 
 
 def shapes(network):
     """Return {name: shape} for every tensor of ddpm.UNet(**network), without memory for its weights."""
-    with torch.device("meta"):  # a label table takes a second there
-        net = ddpm.UNet(**{**network, "num_classes": None})
-    found = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
+    with torch.device("meta"):
+        net = ddpm.UNet(**network | {"num_classes": None})  # a label table takes seconds there
+    found = {name: tensor.shape for name, tensor in net.state_dict().items()}
     if network["num_classes"]:
         found["label.weight"] = (network["num_classes"] + 1, 4 * network["ch"])
     return found
@@ -272,38 +241,45 @@ def shapes(network):
 # --- Files of weights ----------------------------------------------------------------------------
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-FILES = ("safetensors", "safetensors.index.json", "fp16.safetensors", "bin")
 
 
 def read_weights(path):
-    """Return {name: float32 tensor} of a .safetensors file, of its index, or of a file of torch.save."""
-    path = pathlib.Path(path)
-    if path.suffix == ".json":
-        found = {}
-        for part in sorted(set(json.loads(path.read_text())["weight_map"].values())):
-            found |= read_safetensors(path.parent / part)
-        return found
-    return read_safetensors(path) if path.suffix == ".safetensors" else read_pickled(path)
+    """Return {name: float32 tensor} of a .safetensors file or a file of torch.save. No code is run."""
+    if str(path).endswith(".safetensors"):
+        return read_safetensors(path)
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # torch's unpickler raises any type of error for another file
+        kind = type(error).__name__
+        raise Failure(f"{path}: cannot be read as weights of torch.save ({kind})") from None
+    if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
+        raise Failure(f"{path}: is not a dictionary of tensors; save net.state_dict() alone")
+    return {name: tensor.detach().float() for name, tensor in tensors.items()}
 
 
 def read_safetensors(path):
     """Return {name: float32 tensor}: 8 bytes of length, a header in JSON, then the tensors' bytes."""
     raw = np.fromfile(path, np.uint8)
     start = 8 + int.from_bytes(raw[:8].tobytes(), "little")
+    entries = {}
     try:
         header = json.loads(raw[8:start].tobytes())
-    except ValueError:
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            first, last = entry["data_offsets"]
+            data = raw[start + first : start + last].copy()
+            entries[name] = (str(entry["dtype"]), torch.Size(entry["shape"]), data)
+    except (ValueError, TypeError, KeyError, AttributeError):
         raise Failure(f"{path}: damaged: its header cannot be read") from None
-    header.pop("__metadata__", None)
     tensors = {}
-    for name, entry in header.items():
-        first, last = entry["data_offsets"]
-        if start + last > len(raw):
-            raise Failure(f"{path}: damaged: it ends before {name}")
-        if entry["dtype"] not in DTYPES:
-            raise Failure(f"{path}: {name} has the type {entry['dtype']}, not {', '.join(DTYPES)}")
-        data = torch.from_numpy(raw[start + first : start + last].copy())
-        tensors[name] = data.view(DTYPES[entry["dtype"]]).reshape(entry["shape"]).float()
+    for name, (dtype, shape, data) in entries.items():
+        if dtype not in DTYPES:
+            raise Failure(f"{path}: {name} has the type {dtype}, not {', '.join(DTYPES)}")
+        if len(data) != shape.numel() * DTYPES[dtype].itemsize:
+            raise Failure(f"{path}: damaged: the size of {name} does not fit its shape")
+        tensors[name] = torch.from_numpy(data).view(DTYPES[dtype]).reshape(shape).float()
     return tensors
 
 
@@ -324,37 +300,17 @@ def write_safetensors(path, tensors):
             file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
 
 
-def read_pickled(path):
-    """Return {name: float32 tensor} of a dictionary of tensors that torch.save wrote. No code is run."""
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).partition("\n")[0]
-        raise Failure(f"{path}: cannot be read as weights ({reason})") from None
-    if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
-        raise Failure(f"{path}: is not a dictionary of tensors; save net.state_dict() alone")
-    return {name: tensor.detach().float() for name, tensor in tensors.items()}
+# --- Checkpoints ---------------------------------------------------------------------------------
 
-
-# --- Reading -------------------------------------------------------------------------------------
+PAPER = dict(beta=ddpm.linear_schedule(), schedule="linear", variance="beta", clip=True)
+# The files of a folder, in order of preference. A sharded network has several of one kind.
+FILES = (".safetensors", "-*.safetensors", ".fp16.safetensors", ".bin")
 
 
 def weights_alone(network, shape, process, weights, classes=(), step=0):
-    """Return a checkpoint without a run. Raises UsageError unless all classes are named."""
-    K = network["num_classes"] or 0
-    if len(classes) != K:
-        raise UsageError(
-            f"the network has {K} classes, but {len(classes)} are named; name them with convert.py "
-            f"--classes or in classes.txt (the last row of class_embedding means no label)"
-        )
-    return dict(network=network, shape=shape, process=process, classes=list(classes), step=step,
-                model=weights, ema=weights)  # fmt: skip
-
-
-def authors_process(variance):
-    """Return the process of the authors' runs (sec. 4), with this variance."""
-    return dict(beta=ddpm.linear_schedule(), schedule="linear", variance=variance, clip=True)
+    """Return a checkpoint without a run."""
+    about = dict(network=network, shape=shape, process=process, classes=list(classes), step=step)
+    return dict(about, model=weights, ema=weights)
 
 
 def read_folder(folder, classes=()):
@@ -363,30 +319,37 @@ def read_folder(folder, classes=()):
     classes: the names of the classes, if the folder has no classes.txt.
     """
     folder = pathlib.Path(folder)
-    unet = next((p for p in (folder / "unet_ema", folder / "unet") if p.is_dir()), folder)
-    if not (unet / "config.json").is_file():
-        raise Failure(f"{unet / 'config.json'}: no such file; a diffusers folder contains it")
+    unet = next(p for p in (folder / "unet_ema", folder / "unet", folder) if p.is_dir())
+    scheduler = next(p for p in (folder / "scheduler", folder) if p.is_dir())
     network, shape, step = read_network(unet / "config.json")
     learned = network["out_channels"] > shape[0]
-
-    scheduler = folder / "scheduler" if (folder / "scheduler").is_dir() else folder
     if (scheduler / "scheduler_config.json").is_file():
         process = read_process(scheduler / "scheduler_config.json")
         whose = "the folder's"
     else:
-        process = authors_process("learned" if learned else "beta")
+        process = PAPER | dict(variance="learned" if learned else "beta")
         whose = "without scheduler_config.json, the paper's"
 
-    paths = [unet / f"diffusion_pytorch_model.{suffix}" for suffix in FILES]
-    file = next((path for path in paths if path.is_file()), None)
-    if file is None:
-        raise Failure(f"{unet}: contains no {paths[0].name} (or {', '.join(FILES[1:])})")
-    weights = renamed(file, read_weights(file), network, DIFFUSERS)
+    files = [sorted(unet.glob(f"diffusion_pytorch_model{kind}")) for kind in FILES]
+    files = next(filter(None, files), [unet / "diffusion_pytorch_model.safetensors"])
+    known = shapes(network | dict(groups=1, dropout=0.0))  # check() rejects wrong values of these
+    ours = names(known, network, DIFFUSERS)
+    weights = {}
+    for file in files:
+        for theirs, tensor in read_weights(file).items():
+            theirs = ".".join(OLD.get(part, part) for part in theirs.split("."))
+            name = ours.get(theirs, theirs)
+            linear = name.endswith(CONVOLUTIONS) and tensor.ndim == 2
+            weights[name] = tensor[:, :, None, None] if linear else tensor
     if learned:  # diffusers' v is (output + 1) / 2, ours is the output
         weights = rescaled(weights, shape[0], 0.5, 0.5)
     if (folder / "classes.txt").is_file():
-        classes = (folder / "classes.txt").read_text(encoding="utf-8").rstrip("\n").split("\n")
-    note(f"read {file}; process: {whose}")
+        try:
+            text = (folder / "classes.txt").read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError:
+            raise Failure(f"{folder / 'classes.txt'}: is not text in UTF-8") from None
+        classes = text.rstrip("\n").split("\n")
+    note(f"read {files[0]}; process: {whose}")
     return weights_alone(network, shape, process, weights, classes, step)
 
 
@@ -400,8 +363,8 @@ def rescaled(weights, C, scale, shift):
 
 
 # The authors' runs, whose weights come without settings: the network, its images, the variance.
-CIFAR10 = {name: each.default for name, each in inspect.signature(ddpm.UNet).parameters.items()}
-CIFAR10 |= dict(out_channels=3)
+CIFAR10 = dict(in_channels=3, out_channels=3, ch=128, mult=(1, 2, 2, 2), blocks=2, attention=(1,),
+               dropout=0.1, groups=32, num_classes=None)  # fmt: skip
 LARGE = CIFAR10 | dict(mult=(1, 1, 2, 2, 4, 4), attention=(4,), dropout=0.0)
 RUNS = [(CIFAR10, (3, 32, 32), "beta"), (LARGE, (3, 256, 256), "beta_tilde")]
 
@@ -409,16 +372,11 @@ RUNS = [(CIFAR10, (3, 32, 32), "beta"), (LARGE, (3, 256, 256), "beta_tilde")]
 def read_authors(path, found):
     """Return the checkpoint of the authors' weights in PyTorch: for CIFAR-10, or for 256x256 images."""
     for network, shape, variance in RUNS:
-        theirs = names(network, AUTHORS)
-        if {theirs[name] for name in shapes(network)} == found.keys():
-            weights = renamed(path, found, network, AUTHORS)
-            return weights_alone(network, shape, authors_process(variance), weights)
+        ours = names(shapes(network), network, AUTHORS)
+        if ours.keys() == found.keys():
+            weights = {ours[theirs]: tensor for theirs, tensor in found.items()}
+            return weights_alone(network, shape, PAPER | dict(variance=variance), weights)
     raise Failure(f"{path}: contains neither the authors' weights nor a state_dict of ddpm.UNet")
-
-
-def is_state_dict(found):
-    """Return whether these are the weights of a ddpm.UNet under its own names."""
-    return "time.0.weight" in found and "conv_in.weight" in found
 
 
 def read_state_dict(found, groups, size, process, classes=()):
@@ -427,27 +385,17 @@ def read_state_dict(found, groups, size, process, classes=()):
     The shapes do not contain the number of groups, the image size (H, W) and the process.
     """
     ch, C = found["conv_in.weight"].shape[:2]
-    stages = 1 + max(int(name.split(".")[1]) for name in found if name.startswith("down."))
-    residual = [f"down.{i}.0.conv1.weight" in found for i in range(stages)]
-    blocks = [*residual, False].index(False)
-    first = range(0, stages, blocks + 1)  # the first stage of each level
     outputs = len(found["conv_out.weight"])
-    network = dict(
-        in_channels=C,
-        out_channels=outputs,
-        ch=ch,
-        mult=tuple(len(found[f"down.{i}.0.conv1.weight"]) // ch for i in first),
-        blocks=blocks,
-        attention=tuple(level for level, i in enumerate(first) if f"down.{i}.1.q.weight" in found),
-        dropout=0.0,
-        groups=groups,
-        num_classes=len(found["label.weight"]) - 1 if "label.weight" in found else None,
-    )
+    widths = [len(found.get(f"down.{i}.0.conv1.weight", ())) for i in range(len(found))]
+    blocks = widths.index(0)  # the strided convolution to the next level
+    first = [i for i in range(0, len(found), blocks + 1) if widths[i]]  # the first of each level
+    mult = tuple(widths[i] // ch for i in first)
+    attention = tuple(n for n, i in enumerate(first) if f"down.{i}.1.q.weight" in found)
+    K = len(found["label.weight"]) - 1 if "label.weight" in found else None
+    network = dict(in_channels=C, out_channels=outputs, ch=ch, mult=mult, blocks=blocks)
+    network |= dict(attention=attention, dropout=0.0, groups=groups, num_classes=K)
     process = dict(process, variance="learned" if outputs > C else "beta")
     return weights_alone(network, (C, *size), process, found, classes)
-
-
-# --- Writing -------------------------------------------------------------------------------------
 
 
 def write_folder(folder, ckpt, dtype="fp32"):
@@ -455,33 +403,31 @@ def write_folder(folder, ckpt, dtype="fp32"):
 
     Without classes, DDPMPipeline.from_pretrained reads it too. dtype: "fp32" or "bf16".
     """
-    network, (C, H, W), classes = ckpt["network"], ckpt["shape"], ckpt["classes"]
-    if network["mult"][0] != 1:
-        raise Failure(
-            f"mult begins with {network['mult'][0]}, but diffusers' first level is as wide as conv_in"
-        )
+    network = ckpt["network"]
     weights = ckpt["ema"]
+    C, H, W = ckpt["shape"]
+    if network["mult"][0] != 1:
+        raise Failure(f"mult begins with {network['mult'][0]}, which diffusers does not support")
     if network["out_channels"] > C:
         weights = rescaled(weights, C, 2, -1)
-    theirs = names(network, DIFFUSERS)
     kind = torch.bfloat16 if dtype == "bf16" else torch.float32
     tensors = {}
-    for name, tensor in weights.items():
-        linear = name.endswith(CONVOLUTIONS)
-        tensors[theirs[name]] = (tensor.flatten(1) if linear else tensor).to(kind)
+    for theirs, name in names(weights, network, DIFFUSERS).items():
+        tensor = weights[name].to(kind)
+        tensors[theirs] = tensor.flatten(1) if name.endswith(CONVOLUTIONS) else tensor
     write_safetensors(folder / "diffusion_pytorch_model.safetensors", tensors)
 
-    # diffusers ignores names with an underscore.
-    config = model_config(network, H, W) | {"_step": ckpt["step"]}
-    write_json(folder / "config.json", "UNet2DModel", config)
-    write_json(folder / "scheduler_config.json", "DDPMScheduler", scheduler_config(ckpt["process"]))
-    if classes:
-        (folder / "classes.txt").write_text("\n".join(classes) + "\n", encoding="utf-8")
+    config = model_config(network, H if H == W else [H, W])
+    write_json(folder / "config.json", config | {"_step": ckpt["step"]})  # diffusers ignores _step
+    write_json(folder / "scheduler_config.json", scheduler_config(ckpt["process"]))
+    if ckpt["classes"]:
+        text = "\n".join(ckpt["classes"]) + "\n"
+        (folder / "classes.txt").write_text(text, encoding="utf-8")
     else:  # DDPMPipeline passes no labels
+        about = {"_class_name": "DDPMPipeline", "_diffusers_version": NETWORK["_diffusers_version"]}
         parts = dict(scheduler=["diffusers", "DDPMScheduler"], unet=["diffusers", "UNet2DModel"])
-        write_json(folder / "model_index.json", "DDPMPipeline", parts)
+        write_json(folder / "model_index.json", about | parts)
 
 
-def write_json(path, kind, settings):
-    settings = {"_class_name": kind, "_diffusers_version": VERSION, **settings}
+def write_json(path, settings):
     path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

@@ -12,28 +12,19 @@ import pathlib
 import secrets
 import shutil
 
-from support.errors import Failure, UsageError
+from support.errors import Failure
 from support.progress import note
 
 # --- Checks before the work ----------------------------------------------------------------------
 
 
-def writable(path, flag="--out"):
-    """Raise Failure unless a file can be created or replaced at `path`, the value of `flag`."""
-    if str(path).endswith(("/", os.sep)) or (os.path.exists(path) and not os.path.isfile(path)):
-        raise Failure(f"{flag} {path}: is not a file; choose another path")
-    try_to_write(path, flag)
-
-
-def writable_folder(path, flag="--out"):
-    """Raise Failure unless `path` is a folder or one can be created there."""
-    if os.path.exists(path) and not os.path.isdir(path):
-        raise Failure(f"{flag} {path}: exists but is not a folder; choose another path")
-    try_to_write(path, flag)
-
-
-def try_to_write(path, flag):
-    """Create and remove a file beside `path`."""
+def writable(path, flag="--out", folder=False):
+    """Raise Failure unless the value of `flag` is a file, or a folder, that can be written or created."""
+    bare = str(path).rstrip("/" + os.sep) or os.sep  # "file/" does not exist
+    wrong = os.path.exists(bare) and not (os.path.isdir(bare) if folder else os.path.isfile(bare))
+    if wrong or (bare != str(path) and not folder):
+        kind = "folder" if folder else "file"
+        raise Failure(f"{flag} {path}: is not a {kind}; choose another path")
     partial = partial_name(path)
     try:
         partial.touch()
@@ -55,13 +46,6 @@ def same(one, other):
     return os.path.exists(one) and os.path.exists(other) and os.path.samefile(one, other)
 
 
-def refuse_input(out, *inputs):
-    """Raise UsageError if `out` is one of the files that the command reads."""
-    for path in inputs:
-        if path and same(path, out):
-            raise UsageError(f"--out {out}: the command reads this file; name another one")
-
-
 # --- Writing -------------------------------------------------------------------------------------
 
 
@@ -69,7 +53,7 @@ def refuse_input(out, *inputs):
 def replacing(path):
     """Yield a binary file that replaces `path` once it is complete on disk.
 
-    Any exception inside leaves `path` as it was. A full disk raises Failure.
+    Any exception inside leaves `path` as it was.
     """
     partial = partial_name(path)
     try:
@@ -100,15 +84,13 @@ def replacing_folder(path):
 
 @contextlib.contextmanager
 def naming(path, partial):
-    """Turn an error of writing, which names no file or the hidden one, into a Failure that names `path`."""
+    """Give an error of writing, which names no file or the hidden one, the name `path`."""
     try:
         yield
-    except (ConnectionError, TimeoutError):  # of a download, not of the disk
-        raise
     except OSError as error:
-        if error.filename and not str(error.filename).startswith(str(partial)):
-            raise
-        raise Failure(f"{path}: {error.strerror or error}; nothing changed") from None
+        if not error.filename or str(error.filename).startswith(str(partial)):
+            error.filename = path
+        raise
 
 
 def partial_name(path):

@@ -47,23 +47,15 @@ class Monitor:
         about = self.run.about
         C, H, W = about["shape"]
         classes = about["classes"]
-        held = about["held_out"]
-        weights = sum(p.numel() for p in self.run.net.parameters())
         names = ", ".join(classes[:10]) + (", ..." if classes[10:] else "")
-        say(
-            f"{cfg.data}: {about['images']:,} images, {H}x{W}x{C}"
-            + (f", {len(classes)} classes ({names})" if classes else "")
-            + (f"; {held:,} more are held out" if held else "; too few to hold some out")
-        )
-        say(
-            f"UNet with {weights:,} parameters on {self.device}; {about['process']['schedule']} "
-            f"schedule, T = {d.T}, variance {cfg.variance}"
-        )
-        say(
-            f"batch {cfg.batch_size}, lr {cfg.lr:g}, warm-up {cfg.warmup}, decay {cfg.decay}, "
-            f"ema {cfg.ema:g}, dropout {cfg.dropout:g}, flip {'yes' if cfg.flip else 'no'}, "
-            f"seed {cfg.seed}"
-        )
+        names = f", {len(classes)} classes ({names})" if classes else ""
+        held = f"{about['held_out']:,} more are" if about["held_out"] else "none is"
+        say(f"{cfg.data}: {about['images']:,} images, {H}x{W}x{C}{names}; {held} held out")
+        weights = sum(p.numel() for p in self.run.net.parameters())
+        schedule = about["process"]["schedule"]
+        say(f"UNet with {weights:,} parameters on {self.device}; {schedule} schedule, T = {d.T}")
+        names = "batch_size lr warmup decay ema dropout flip variance seed".split()
+        say(", ".join(f"{name} {getattr(cfg, name)}" for name in names))
         say(f"settings: {why}")
         say(f"a step: {cost}")
         since = f", from step {self.run.step:,}" if self.run.step else ""
@@ -125,7 +117,7 @@ class Monitor:
             text = f"epoch {int(epochs)} of {total}: loss {np.mean(self.epoch_losses):.4f}"
             held_out = held_out_loss()
             if held_out is not None:
-                line.update(held_out=held_out)
+                line["held_out"] = held_out
                 text += f", held out {held_out:.4f}"
             say(f"{text}, {duration(now - self.epoch_began)}")
         if self.cfg.log:

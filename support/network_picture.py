@@ -18,25 +18,24 @@ def network_picture(network, shape, title):
     write(pen, 20, 40, "Shapes: channels x height x width", "lm", SMALL, GREY)
     label = " + label" if network["num_classes"] else ""
     time = f"t - 1 as {network['ch']} sinusoids"
-    box(pen, 285, 62, [time, f"two linear layers: {4 * network['ch']}{label}"], COLOURS[3])
+    box(pen, 285, 62, time, f"two linear layers: {4 * network['ch']}{label}", COLOURS[3])
     write(pen, 380, 116, "added in every residual block", "mm", SMALL, GREY)
     out = network["out_channels"] or C
     predicted = "predicted eps and v" if out > C else "predicted eps"
-    box(pen, 20, 62, ["x_t", f"{C} x {H} x {W}"], COLOURS[4])
-    box(pen, 550, 62, [predicted, f"{out} x {H} x {W}"], COLOURS[4])
-    downward(pen, 115, 106, 140, "convolution")
-    upward(pen, 645, 106, 140, "norm, convolution")
+    box(pen, 20, 62, "x_t", f"{C} x {H} x {W}", COLOURS[4])
+    box(pen, 550, 62, predicted, f"{out} x {H} x {W}", COLOURS[4])
+    vertical(pen, 115, 106, 140, "convolution")
+    vertical(pen, 645, 140, 106, "norm, convolution")
     for i, level in enumerate(found):
         draw_level(pen, i, level, network["blocks"], last=i == len(found) - 1)
     return picture.reduce(ZOOM)
 
 
 def levels(network, H, W):
-    """Return (channels, height, width, whether with attention) of each level of a UNet with these settings."""
+    """Return (channels, height, width, whether with attention) of each level of this UNet."""
     found = []
     for i, m in enumerate(network["mult"]):
-        size = (network["ch"] * m, H // 2**i, W // 2**i)
-        found.append((*size, i in network["attention"]))
+        found.append((network["ch"] * m, H // 2**i, W // 2**i, i in network["attention"]))
     return found
 
 
@@ -46,30 +45,28 @@ def draw_level(pen, i, level, blocks, last):
     shape = f"{c} x {h} x {w}"
     top = 140 + DOWN * i
     bottom = top + TALL
+    below = top + DOWN
     left = 20 + IN * i
     right = 550 - IN * i
     for x, count in ((left, blocks), (right, blocks + 1)):
         words = f"{count} residual block" + "s" * (count > 1) + " + attention" * attention
-        box(pen, x, top, [shape, words], COLOURS[0])
+        box(pen, x, top, shape, words, COLOURS[0])
     arrow(pen, (left + WIDE, top + 22), (right, top + 22), GREY)
     write(pen, 380, top + 14, f"{blocks + 1} skip connections", "mm", SMALL, GREY)
     if last:
-        box(pen, 285, top + DOWN, [shape, "block, attention, block"], COLOURS[2])
-        arrow(pen, (left + 95, bottom), (285, top + DOWN + 15))
-        arrow(pen, (285 + WIDE, top + DOWN + 15), (right + 95, bottom))
+        box(pen, 285, below, shape, "block, attention, block", COLOURS[2])
+        arrow(pen, (left + 95, bottom), (285, below + 15))
+        arrow(pen, (285 + WIDE, below + 15), (right + 95, bottom))
     else:
-        downward(pen, left + 110, bottom, top + DOWN, "stride 2")
-        upward(pen, right + 80, bottom, top + DOWN, "upsample, convolution")
+        vertical(pen, left + 110, bottom, below, "stride 2")
+        vertical(pen, right + 80, below, bottom, "upsample, convolution")
 
 
-def downward(pen, x, top, bottom, text):
-    arrow(pen, (x, top), (x, bottom))
-    write(pen, x + 7, (top + bottom) / 2, text, "lm", SMALL, GREY)
-
-
-def upward(pen, x, top, bottom, text):
-    arrow(pen, (x, bottom), (x, top))
-    write(pen, x - 7, (top + bottom) / 2, text, "rm", SMALL, GREY)
+def vertical(pen, x, start, end, text):
+    """Draw an arrow down with a text on its right, or up with a text on its left."""
+    arrow(pen, (x, start), (x, end))
+    side = 7 if start < end else -7
+    write(pen, x + side, (start + end) / 2, text, "lm" if side > 0 else "rm", SMALL, GREY)
 
 
 def arrow(pen, start, end, colour=INK):
@@ -82,10 +79,10 @@ def arrow(pen, start, end, colour=INK):
     pen.polygon([tuple(corner * ZOOM) for corner in corners], colour)
 
 
-def box(pen, left, top, texts, colour):
+def box(pen, left, top, first, second, colour):
     """Draw a coloured box with two centred lines of text."""
     pale = tuple(round(255 - (255 - part) * 0.18) for part in colour)
     ends = (left, top, left + WIDE, top + TALL)
     pen.rounded_rectangle([end * ZOOM for end in ends], 4 * ZOOM, pale, colour, ZOOM)
-    for text, down in zip(texts, (14, 30)):
-        write(pen, left + WIDE / 2, top + down, text, "mm", SMALL)
+    write(pen, left + WIDE / 2, top + 14, first, "mm", SMALL)
+    write(pen, left + WIDE / 2, top + 30, second, "mm", SMALL)

@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageOps
 
 from support.errors import Failure, UsageError
-from support.files import naming, replacing, writable, writable_folder
+from support.files import replacing, writable
 
 GAP = 2  # white pixels between the images of a grid
 FILMS = (".gif", ".webp")
@@ -51,37 +51,56 @@ def to_picture(image):
 # --- Files: the end of the name chooses the kind -------------------------------------------------
 
 
-def kind_of(out):
-    """Return ".png", ".gif", ".webp", ".npz" or "/" (a folder) for a path that can be written.
+def plan(out, shape, rows, labels, classes):
+    """Return the kind of `out`, ".png", ".gif", ".webp", ".npz" or "/", and the images to sample.
 
-    Raises UsageError for another ending, and Failure where nothing can be written.
+    These are the numbers of the images that a folder does not contain yet, or of all images. Raises
+    UsageError or Failure if `out` cannot hold them, cannot be written, or contains other files.
     """
-    if out.endswith("/") or os.path.isdir(out):
-        writable_folder(out)
-        return "/"
-    kind = pathlib.Path(out).suffix.lower()
-    if kind not in (".png", ".npz", *FILMS):
+    folder = out.endswith("/") or os.path.isdir(out)
+    kind = "/" if folder else pathlib.Path(out).suffix.lower()
+    if kind not in ("/", ".png", ".npz", *FILMS):
         raise UsageError(f"--out {out}: must end in .png, .gif, .webp, .npz, or in / for a folder")
-    writable(out)
-    return kind
+    writable(out, folder=folder)
+    numbers = range(len(labels))
+    if folder:
+        names = png_names(labels, classes)
+        found = {path.name for path in pathlib.Path(out).glob("[!.]*")}
+        other = min(found - set(names), default=None)
+        if other:
+            raise Failure(f"--out {out}: {other} is not one of these images; choose another folder")
+        numbers = [i for i in numbers if names[i] not in found]
+    elif kind != ".npz":
+        tall, wide, _ = cell(*shape[1:])
+        sides = (rows * tall, -(-len(labels) // rows) * wide)
+        pixels = 4 * 10**6 if kind in FILMS else 10**8  # of each frame; Pillow opens up to 1.8e8
+        if max(sides) > 16_000 or sides[0] * sides[1] > pixels:  # .webp ends at 16,383
+            raise UsageError(f"--n {len(labels)}: too many for one {kind}; use an .npz or a folder")
+    return kind, numbers
 
 
-def reject_too_large(kind, shape, n, rows):
-    """Raise UsageError if n images (C, H, W) in this many rows are more than one picture can hold."""
-    tall, wide, _ = cell(*shape[1:])
-    sides = (rows * tall, -(-n // rows) * wide)
-    pixels = 4 * 10**6 if kind in FILMS else 10**8  # of each frame; Pillow opens up to 1.8e8
-    if max(sides) > 16_000 or sides[0] * sides[1] > pixels:  # .webp ends at 16,383
-        raise UsageError(f"--n {n}: too many for one {kind}; use fewer, an .npz or a folder")
+def png_names(labels, classes):
+    """Return 000012-cat.png for each image; "_" replaces characters that file systems reject."""
+    names = [re.sub(r'[/\\:*?"<>|\x00-\x1f]', "_", f"-{name}")[:60] for name in classes] or [""]
+    return [f"{i:06d}{names[label]}.png" for i, label in enumerate(labels)]
 
 
-def write(out, kind, frames, rows, labels, classes):
-    """Write frames, each uint8 (N, H, W, C), as a film; write only the last one to a .png or an .npz.
+def write(out, kind, batches, rows, labels, classes):
+    """Write batches (numbers of images, frames uint8 (B, H, W, C)), to a folder one by one.
 
-    An .npz contains RGB images (N, H, W, 3) as arr_0, because the evaluators of FID reject grey ones, and
-    with classes, labels (N,) as arr_1 and the names as classes.
+    Only a film has more than the last frame. An .npz contains RGB images (N, H, W, 3) as arr_0,
+    because the evaluators of FID reject grey ones, and with classes, labels (N,) and class names.
     """
-    images = frames[-1]
+    if kind == "/":
+        names = png_names(labels, classes)
+        os.makedirs(out, exist_ok=True)
+        for numbers, frames in batches:
+            for i, image in zip(numbers, frames[-1], strict=True):
+                with replacing(os.path.join(out, names[i])) as file:
+                    to_picture(image).save(file, "PNG")
+        return
+    parts = [frames for _, frames in batches]
+    *earlier, images = [np.concatenate(part) for part in zip(*parts, strict=True)]
     with replacing(out) as file:
         if kind == ".npz":
             arrays = dict(arr_1=labels, classes=classes) if classes else {}
@@ -90,44 +109,8 @@ def write(out, kind, frames, rows, labels, classes):
             grid(images, rows).save(file, "PNG")
         else:
             # Noise hardly compresses. With 32 levels in all frames but the last, a film stays small.
-            grids = [ImageOps.posterize(grid(frame, rows), 5) for frame in frames[:-1]]
+            grids = [ImageOps.posterize(grid(frame, rows), 5) for frame in earlier]
             grids.append(grid(images, rows))
-            times = [80] * (len(grids) - 1) + [2000]  # milliseconds
+            times = [80] * len(earlier) + [2000]  # milliseconds
             how = dict(save_all=True, append_images=grids[1:], duration=times, loop=0)
             grids[0].save(file, kind[1:].upper(), **how)
-
-
-def png_names(labels, classes):
-    """Return the file names of a folder's images: 000012-cat.png, or 000012.png without classes.
-
-    Characters that file systems reject become "_".
-    """
-    names = []
-    for i, label in enumerate(labels):
-        suffix = f"-{classes[label]}" if classes else ""
-        suffix = re.sub(r'[/\\:*?"<>|\x00-\x1f]', "_", suffix)[:60]
-        names.append(f"{i:06d}{suffix}.png")
-    return names
-
-
-def missing(out, names):
-    """Return the numbers of the images that a folder does not contain yet.
-
-    Raises Failure if it contains other files, because samples would be mixed with them.
-    """
-    found = {path.name for path in pathlib.Path(out).glob("[!.]*")}
-    if found - set(names):
-        other = min(found - set(names))
-        raise Failure(f"--out {out}: {other} is not one of these images; choose another folder")
-    return [i for i, name in enumerate(names) if name not in found]
-
-
-def write_pngs(out, names, images):
-    """Add images to a folder. Each file is complete or missing."""
-    folder = pathlib.Path(out)
-    folder.mkdir(exist_ok=True)
-    partial = folder / ".partial"
-    for name, image in zip(names, images, strict=True):
-        with naming(folder / name, partial):
-            to_picture(image).save(partial, "PNG")
-            os.replace(partial, folder / name)

@@ -1,17 +1,12 @@
 """Charts and captioned rows of images, drawn with Pillow alone: dark on white, readable at 100%.
 
-    t = range(1001)
-    x, y = Axis("timestep t", 0, 1000), Axis("alpha_bar", 0, 1)
-    lines(x, y, {"linear": (t, linear), "cosine": (t, cosine)}).save("schedules.png")
-
 A picture is drawn ZOOM times too large and averaged down, which smooths its edges. Lengths are pixels
-of the finished picture. The colours are Okabe and Ito's, which colour-blind readers can tell apart.
-Symbols are written as in the code, for example alpha_bar, because Pillow's font has no Greek letters.
+of the finished picture, from its top left corner. The colours are Okabe and Ito's, which colour-blind
+readers can tell apart. Pillow's font has no Greek letters, so symbols are written as in the code.
 """
 
-import functools
 import math
-from typing import NamedTuple
+from collections import namedtuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -23,19 +18,10 @@ FAINT = (228, 228, 228)
 COLOURS = [(0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (230, 159, 0)]
 LEFT, TOP, RIGHT, BOTTOM = (52, 66, 20, 44)  # the margins of a chart, which hold its text
 SMALL, TEXT, TITLE = (12, 13, 15)  # heights of letters
+FONTS = {height: ImageFont.load_default(height * ZOOM) for height in (SMALL, TEXT, TITLE)}
 MARKS = [float(f"{k}e{power}") for power in range(-15, 16) for k in (1, 2, 5)]  # round numbers
-
-
-class Axis(NamedTuple):
-    """The name of an axis, with its unit, and the values at its two ends."""
-
-    name: str
-    low: float
-    high: float
-    log: bool = False
-
-
-# --- Positions: the pixel in column j covers j to j + 1, counted from the left; rows from the top ----
+# The name of an axis, with its unit, and the values at its two ends.
+Axis = namedtuple("Axis", ["name", "low", "high", "log"], defaults=[False])
 
 
 def span(name, values, log=False):
@@ -55,8 +41,7 @@ def span(name, values, log=False):
 
 def spacing(low, high):
     """Return the distance of about five round ticks."""
-    rough = (high - low or 1) / 5
-    return next(mark for mark in MARKS if mark >= rough * 0.999)
+    return next(mark for mark in MARKS if mark >= (high - low or 1) / 5 * 0.999)
 
 
 def ticks(axis):
@@ -66,14 +51,13 @@ def ticks(axis):
         step = spacing(low, high)
         numbers = range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
         return [number * step for number in numbers]
-    powers_only = high / low > 101
-    marks = MARKS[::3] if powers_only else MARKS
+    marks = MARKS[::3] if high / low > 101 else MARKS
     marks = [mark for mark in marks if low <= mark * (1 + 1e-9) and mark <= high * (1 + 1e-9)]
     return marks[:: -(-len(marks) // 7)]
 
 
 def along(axis, values, start, end):
-    """Return where values lie if an axis goes from pixel `start` to `end`; not finite without a logarithm."""
+    """Return where values lie if an axis goes from pixel `start` to `end`, not finite without a log."""
     values = np.array([axis.low, axis.high, *np.ravel(values)], float)
     if axis.log:
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -82,14 +66,8 @@ def along(axis, values, start, end):
     return start + (np.array(values) - low) / (high - low) * (end - start)
 
 
-# --- Charts --------------------------------------------------------------------------------------
-
-
 def lines(x, y, series, title="", size=(400, 320), dots=False, legend=True):
-    """Draw {name: (xs, ys)} as lines or as dots, with a legend if there are several names.
-
-    Lines end at the axes. Choose the axes with span(), so that no dot lies outside.
-    """
+    """Draw {name: (xs, ys)} as lines that end at the axes or as dots; a legend names several."""
     picture, pen = blank(size)
     axes(pen, x, y, title, size)
     inside = picture.copy()
@@ -103,45 +81,37 @@ def lines(x, y, series, title="", size=(400, 320), dots=False, legend=True):
                 over.circle(place, 1.2 * ZOOM, colour)
         else:
             over.line(places, colour, 2 * ZOOM, joint="curve")
-    edge = 2  # a line or dot on an axis is drawn whole
-    box = (LEFT - edge, TOP - edge, size[0] - RIGHT + edge, size[1] - BOTTOM + edge)
+    # Two pixels more than the frame, so that a line on an axis is drawn whole.
+    box = (LEFT - 2, TOP - 2, size[0] - RIGHT + 2, size[1] - BOTTOM + 2)
     box = tuple(ZOOM * side for side in box)
     picture.paste(inside.crop(box), box)
-    if legend and len(series) > 1:
-        draw_legend(pen, series)
+    left = LEFT
+    for colour, name in zip(COLOURS, series if legend and len(series) > 1 else ()):
+        stroke(pen, (left, TOP - 12, left + 14, TOP - 12), colour, 3)
+        write(pen, left + 18, TOP - 12, name, "lm", SMALL)
+        left += 29 + FONTS[SMALL].getlength(name) / ZOOM
     return picture.reduce(ZOOM)
 
 
-def draw_legend(pen, names):
-    """Draw a row of short lines in the colours of the names, each with its name, above a chart."""
-    left = LEFT
-    for colour, name in zip(COLOURS, names):
-        stroke(pen, (left, TOP - 12, left + 14, TOP - 12), colour, 3)
-        write(pen, left + 18, TOP - 12, name, "lm", SMALL)
-        left += 29 + width(name, SMALL)
-
-
-def heat(x, y, values, title="", cell=(2, 2)):
+def heat(x, y, values, title, cell):
     """Draw values (rows, columns) in -1..1 as colours: blue, white at 0, vermilion; row 0 at the top.
 
-    Each value takes cell (width, height) whole pixels, so that no pattern appears that is not in the
-    data. Columns go along x, rows along y from y.low at the top.
+    Each takes `cell` (width, height) whole pixels, so that no pattern appears that is not in the data.
     """
     values = np.asarray(values)[:, :, None]
     cold, hot = np.array(COLOURS[:2])
     colours = 255 + np.abs(values) * (np.where(values < 0, cold, hot) - 255)
-    colours = np.uint8(colours.round())
-    colours = colours.repeat(cell[1] * ZOOM, axis=0).repeat(cell[0] * ZOOM, axis=1)
+    colours = colours.round().repeat(cell[1] * ZOOM, axis=0).repeat(cell[0] * ZOOM, axis=1)
     tall, wide, _ = colours.shape
     size = (LEFT + wide // ZOOM + RIGHT, TOP + tall // ZOOM + BOTTOM)
     picture, pen = blank(size)
-    picture.paste(Image.fromarray(colours), (LEFT * ZOOM, TOP * ZOOM))
+    picture.paste(Image.fromarray(np.uint8(colours)), (LEFT * ZOOM, TOP * ZOOM))
     axes(pen, x, Axis(y.name, y.high, y.low), title, size, grid=False)
     return picture.reduce(ZOOM)
 
 
 def axes(pen, x, y, title, size, grid=True):
-    """Draw the frame of a chart: the title, lines at the ticks, their numbers, the names of both axes."""
+    """Draw the title, the frame, lines at the ticks with their numbers, and the names of both axes."""
     right = size[0] - RIGHT
     bottom = size[1] - BOTTOM
     write(pen, LEFT, 14, title, "lm", TITLE)
@@ -162,22 +132,19 @@ def number(value):
     return f"{value:g}".replace("e-0", "e-").replace("e+0", "e")
 
 
-# --- Rows of images ------------------------------------------------------------------------------
-
-
 def sheet(rows, above=(), beside=(), title="", scale=None, gap=4):
-    """Draw rows of images uint8 (H, W, C) of one size, with captions above the columns and beside the rows.
+    """Draw rows of images uint8 (H, W, C), None for a grey cell, with captions above and beside them.
 
-    None is a grey cell. Small images are enlarged by a whole factor, to 64 pixels or by `scale`.
+    Small images are enlarged by a whole factor, to 64 pixels or by `scale`.
     """
     H, W, _ = next(image for row in rows for image in row if image is not None).shape
     scale = scale or max(1, 64 // max(H, W))
     tall = H * scale + gap
     wide = W * scale + gap
-    left = round(max([0, *(width(text, TEXT) + 14 for text in beside)]))
+    left = round(max((FONTS[TEXT].getlength(text) / ZOOM + 14 for text in beside), default=0))
     top = 34 * bool(title) + 22 * bool(above)
-    needed = left + max(map(len, rows)) * wide + gap
-    size = (round(max(needed, left + width(title, TITLE) + 8)), top + len(rows) * tall + gap)
+    titled = round(left + FONTS[TITLE].getlength(title) / ZOOM + 8)
+    size = (max(left + max(map(len, rows)) * wide + gap, titled), top + len(rows) * tall + gap)
     picture, pen = blank(size)
     write(pen, max(left, gap), 16, title, "lm", TITLE)
     for j, text in enumerate(above):
@@ -201,9 +168,6 @@ def joined(pictures, down=False):
     return Image.fromarray(np.concatenate(pixels, axis=0 if down else 1))
 
 
-# --- The pen, which works ZOOM times larger and counts from the centre of the first pixel --------
-
-
 def blank(size):
     """Return a white picture, ZOOM times as large as `size`, and a pen for it."""
     picture = Image.new("RGB", (size[0] * ZOOM, size[1] * ZOOM), "white")
@@ -214,17 +178,6 @@ def stroke(pen, ends, colour, width=1):
     pen.line([end * ZOOM - 0.5 for end in ends], colour, round(width * ZOOM))
 
 
-@functools.cache
-def font(height):
-    """Return Pillow's own font for letters of this height. Loading it takes milliseconds."""
-    return ImageFont.load_default(height * ZOOM)
-
-
-def width(text, height):
-    """Return the width of a text in letters of this height."""
-    return font(height).getlength(text) / ZOOM
-
-
 def write(pen, x, y, text, anchor, height, colour=INK):
     """Write a text, its middle at height y, from x ("lm"), around x ("mm") or up to x ("rm")."""
-    pen.text((x * ZOOM, y * ZOOM), text, colour, font(height), anchor)
+    pen.text((x * ZOOM, y * ZOOM), text, colour, FONTS[height], anchor)

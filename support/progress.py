@@ -25,8 +25,10 @@ def note(line):
 
 def write(stream, text):
     """Write text. A broken stream is sent to nowhere, or Python would fail again when it exits."""
-    if not workers.is_first():
+    if not workers.is_first() or stream is None:
         return
+    encoding = stream.encoding or "utf-8"
+    text = text.encode(encoding, "backslashreplace").decode(encoding)  # not all have letters like ±
     try:
         stream.write(text)
         stream.flush()

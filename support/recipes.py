@@ -40,10 +40,10 @@ SEEN = 400  # epochs: a network that sees an image more often copies it
 
 def size(text):
     """Parse --size: (H, W) from "64" or "48x64"."""
-    sides = text.split("x")
-    if len(sides) > 2 or not all(side.isdecimal() and 0 < int(side) <= 2048 for side in sides):
+    sides = [int(side) if side.isdecimal() else 0 for side in text.split("x")]
+    if len(sides) > 2 or not all(0 < side <= 2048 for side in sides):
         raise UsageError(f"--size {text}: must be one or two numbers up to 2048: 64 or 48x64")
-    return int(sides[0]), int(sides[-1])
+    return sides[0], sides[-1]
 
 
 def micro_batch(text):
@@ -83,9 +83,9 @@ def recipe_for(cfg, device):
 def keep(cfg, given, kept, whose):
     """Return the settings with those in `kept`. Raises UsageError for a flag that contradicts one."""
     for name, value in kept.items():
-        if name in given and getattr(cfg, name) != value:
-            flag = command.flag_name(name)
-            raise UsageError(f"{flag} {getattr(cfg, name)}: {whose} {value}, which cannot change")
+        typed = getattr(cfg, name)
+        if name in given and typed != value:
+            raise UsageError(f"{command.flag_name(name)} {typed}: {whose} {value}; this is fixed")
     return replace(cfg, **kept)
 
 
@@ -133,9 +133,7 @@ def resumed(cfg, given, saved):
     if cfg.init:
         raise UsageError("--init: starts a new run, and --resume continues one; give one of them")
     if not checkpoint.holds_run(saved):
-        raise UsageError(
-            f"--resume {cfg.resume}: contains weights but no run; start one from them with --init"
-        )
+        raise UsageError(f"--resume {cfg.resume}: contains only weights; use --init instead")
     settings = {}
     for f in fields(cfg):
         value = saved["config"].get(f.name, f.default)
@@ -162,8 +160,7 @@ def check(cfg, given, start, device):
     folder = is_folder(cfg.data)
     for name in ("size", "channels", "skip_broken"):
         if getattr(cfg, name) and not folder:
-            flag = command.flag_name(name)
-            raise UsageError(f"{flag}: only a folder of images takes it, and not {cfg.data}")
+            raise UsageError(f"{command.flag_name(name)}: is only for a folder of images")
     if cfg.minutes and "epochs" in given:
         raise UsageError("--minutes: chooses --epochs; give one of them")
     if cfg.batch_size % workers.place()[1]:
@@ -175,9 +172,13 @@ def check(cfg, given, start, device):
     known = {"glyphs": (1, 16, 16), "cifar10": (3, 32, 32)}
     shape = (cfg.channels, *cfg.size) if folder else known[cfg.data]
     budget.check(network(cfg, shape, 0, start), shape, cfg.batch_size, device)
-    if folder and pathlib.Path(cfg.out).resolve().is_relative_to(pathlib.Path(cfg.data).resolve()):
+    out, log, images = (pathlib.Path(path or "").resolve() for path in (cfg.out, cfg.log, cfg.data))
+    if folder and out.is_relative_to(images):
         raise UsageError(f"--out {cfg.out}: its sample grids would become images of --data")
-    files.refuse_input(cfg.out, cfg.init)
+    if cfg.log and (log == out or (folder and log.is_relative_to(images))):
+        raise UsageError(f"--log {cfg.log}: choose a path other than --out, and outside --data")
+    if cfg.init and files.same(cfg.init, cfg.out):
+        raise UsageError(f"--out {cfg.out}: --init reads this file; name another one")
     files.writable(cfg.out)
     if cfg.log:
         open_log(cfg.log)
@@ -218,10 +219,10 @@ def warn(cfg, images, d, seconds):
     least = 500 if cfg.data == "glyphs" else LEAST
     epochs = math.ceil(least * cfg.batch_size / images)
     if cfg.epochs < epochs and not cfg.init:
-        note(
-            f"warning: {cfg.epochs} epochs are too few for good pictures; --epochs {epochs} takes "
-            f"about {duration(least * seconds)}"
-        )
+        takes = f"--epochs {epochs} takes about {duration(least * seconds)}"
+        note(f"warning: {cfg.epochs} epochs are too few for good pictures; {takes}")
+    if cfg.warmup >= cfg.epochs * images / cfg.batch_size:
+        note("warning: the learning rate rises during the whole run; try a shorter --warmup")
     if d.alpha_bar[-1] > 0.01:
         note("warning: x_T is not yet noise, and samples will be poor; try more --timesteps")
 
@@ -248,9 +249,8 @@ def about(cfg, saved, start, train_set, held_out):
         for name in ("shape", "classes", "images", "fingerprint"):
             if found[name] != saved[name]:
                 raise Failure(
-                    f"--data {cfg.data}: the images have changed since the run began ({name}: "
-                    f"{saved[name]} before, {found[name]} now); start a new run from its weights "
-                    f"with --init {command.typed(cfg.resume)}"
+                    f"--data {cfg.data}: the images have changed since the run began ({name}: {saved[name]} "
+                    f"before, {found[name]} now); try --init {command.typed(cfg.resume)}"
                 )
         return dict(found, network=saved["network"], process=saved["process"])
     if start:
@@ -282,9 +282,7 @@ def network(cfg, shape, classes, start=None):
         raise UsageError(f"--size {H}x{W}: the network needs multiples of {factor}; try {up}")
     if start:
         if C != start["network"]["in_channels"]:
-            raise UsageError(
-                f"--init: its network is for images with {start['shape'][0]} channels, and {cfg.data} has {C}"
-            )
+            raise UsageError(f"--init: its network does not fit images with {C} channels")
         return dict(start["network"], dropout=cfg.dropout, num_classes=classes or None)
     if cfg.width % 4:
         raise UsageError(f"--width {cfg.width}: must be a multiple of 4")

@@ -1,7 +1,4 @@
-"""Sample images from a network, one for each seed, with the requested sampler.
-
-sample.py draws its pictures with it, train.py its grids, and figures.py its rows.
-"""
+"""Sample images from a network, one for each seed, with the requested sampler."""
 
 import unicodedata
 
@@ -32,29 +29,17 @@ def image_noise(seeds):
     return noise
 
 
-def sample(
-    net,
-    d,
-    shape,
-    seeds,
-    labels=None,
-    steps=None,
-    eta=None,
-    variance="beta",
-    guidance=0.0,
-    clip=True,
-    spacing="even",
-    on_step=None,
-):
-    """Sample an image of `shape` (C, H, W) for each of N seeds: (N, C, H, W) in [-1, 1], on the net's device.
+def sample(net, d, shape, seeds, labels=None, steps=None, eta=None, variance="beta",
+           guidance=0.0, clip=True, spacing="even", on_step=None):  # fmt: skip
+    """Sample an image of `shape` (C, H, W) for each of N seeds: (N, C, H, W) in [-1, 1].
 
-    steps: the number of timesteps, all T by default, chosen by SPACINGS[spacing]. eta: use DDIM with this
-    much noise; with None, use Algorithm 2 with `variance` ("beta", "beta_tilde" or "learned"). labels (N,)
-    are guided with w = guidance. on_step(s, xs) is called after every step.
+    steps: the number of timesteps (default: T), chosen by SPACINGS[spacing]. eta: use DDIM with this
+    much noise; with None, use Algorithm 2 with `variance` ("beta", "beta_tilde" or "learned").
+    labels (N,) are guided with w = guidance. on_step(s, xs) is called after every step.
     """
     device = next(net.parameters()).device
     model = net
-    if labels is not None:
+    if labels is not None and net.num_classes:
         y = torch.as_tensor(labels, dtype=torch.int64, device=device)
         model = improved.guided(net, y, net.num_classes, guidance)
     noise = image_noise(seeds)
@@ -86,26 +71,23 @@ SPACINGS = {"even": ddpm.ddim_timesteps, "quadratic": quadratic_timesteps}
 def class_labels(classes, names=None, n=None):
     """Return the labels int64 (n,) of the images to sample, and the number of rows of their grid.
 
-    names: values of --label, each the name of a class, several with commas, or "all" (the default). The
-    classes take turns, so a grid has a row for each. n: by default 64, or up to 8 images of each class.
-    Raises UsageError for an unknown name.
+    names: values of --label, each a class, several with commas, or "all" (the default). The classes
+    take turns, so a grid has a row for each. n: by default 64, or up to 8 images of each class.
     """
     # macOS and Linux write the same accented name with different characters.
     known = [unicodedata.normalize("NFC", name) for name in classes]
     chosen = []
     for text in ["all"] if names is None else names:
         text = unicodedata.normalize("NFC", text)
-        if text in known:  # an exact name first: it may be "all", or contain a comma
-            chosen.append(text)
-        else:
-            chosen += known if text == "all" else text.split(",")
+        # An exact name first: it may be "all", or contain a comma.
+        for name in [text] if text in known else text.split(","):
+            every = name.strip() == "all" and "all" not in known
+            chosen += known if every else [name.strip()]
     for name in chosen:
-        if name.strip() not in known:
-            raise UsageError(
-                f"--label {name}: not a class of this network (classes: {', '.join(known) or 'none'})"
-            )
-    numbers = [known.index(name.strip()) for name in chosen]
-    K = max(1, len(numbers))
+        if name not in known:
+            raise UsageError(f"--label {name}: not a class; choose from {', '.join(known)}")
+    numbers = [known.index(name) for name in chosen] or [0]
+    K = len(numbers)
     if n is None:
         n = 64 if K == 1 else K * max(1, min(8, 128 // K))
-    return np.resize(numbers or [0], n), round(n**0.5) if K == 1 else min(n, K)
+    return np.resize(numbers, n), round(n**0.5) if K == 1 else min(n, K)

@@ -102,11 +102,10 @@ def problem_of(mutant, sources):
 def section_file(mutant, sources):
     """Return the start of the name of the test file for the section that a mutant changes."""
     if mutant.file != "ddpm.py":
-        return {"likelihood.py": "test_8", "improved.py": "test_improved"}[mutant.file]
+        return {"likelihood.py": "test_9", "improved.py": "test_improved"}[mutant.file]
     source = (sources / mutant.file).read_text()
     numbers = re.findall(r"# --- (\d)", source[: source.index(mutant.old)])
-    number = numbers[-1] if numbers else "2"
-    return "test_9" if number == "8" else f"test_{number}"  # test_8 tests likelihood.py
+    return f"test_{numbers[-1] if numbers else 2}"
 
 
 def in_parallel(function, items, processes=None):

@@ -16,34 +16,29 @@ FOLDER = "cifar-10-batches-bin"
 CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 MD5 = "c32a1d4ab5d03f1284b67883e8d87530"  # published with the archive
-ARCHIVE_BYTES = 170_052_171
 BYTES = 10_000 * 3073  # of each file: a label and 3 x 32 x 32 pixels for each image
 TRAINING = [f"data_batch_{i}.bin" for i in range(1, 6)]
 TEST = ["test_batch.bin"]
 
 
 def load(data_dir, train):
-    """Return images uint8 (N, 3, 32, 32) and labels uint8 (N,), found in data_dir or downloaded to it.
-
-    data_dir may also be the unpacked folder. Raises Failure for damaged files or without a network.
-    """
+    """Return images uint8 (N, 3, 32, 32) and labels uint8 (N,), found in data_dir or downloaded to it."""
     names = TRAINING if train else TEST
     root = pathlib.Path(data_dir)
     folder = root if (root / names[0]).is_file() else root / FOLDER
     if not folder.is_dir():
         unpack(root)
-    files = [np.fromfile(folder / name, np.uint8) for name in names]
-    for name, file in zip(names, files):
-        if len(file) != BYTES:
+    for name in names:
+        if (folder / name).stat().st_size != BYTES:
             raise Failure(f"{folder / name}: damaged; delete {folder} to download it again")
-    rows = np.concatenate(files).reshape(-1, 3073)
+    rows = np.stack([np.fromfile(folder / name, np.uint8) for name in names]).reshape(-1, 3073)
     return rows[:, 1:].reshape(-1, 3, 32, 32), rows[:, 0]
 
 
 def unpack(root):
     """Download the archive if it is missing, and unpack the six files that are used."""
     create_folder(root, "--data-dir")
-    archive = root / URL.rsplit("/")[-1]
+    archive = root / "cifar-10-binary.tar.gz"
     if not archive.is_file():
         if (root / "cifar-10-batches-py").is_dir():
             note(f"{root}: contains CIFAR-10 for Python, but the binary version is needed")
@@ -57,18 +52,14 @@ def unpack(root):
 
 def download(archive):
     """Write the published archive to the path `archive`."""
-    progress = Progress(f"downloading {archive.name}", ARCHIVE_BYTES, "bytes")
-    done = 0
+    progress = Progress(f"downloading {archive.name}", 170_052_171, "bytes")
     try:
-        with urlopen(URL, timeout=30) as reply, replacing(archive) as file:
+        with urlopen(URL, timeout=30) as reply, replacing(archive) as out:
             while chunk := reply.read1(2**20):
-                file.write(chunk)
-                done += len(chunk)
-                progress(done)
+                out.write(chunk)
+                progress(out.tell())
     except (OSError, HTTPException) as error:
-        raise Failure(
-            f"cannot download CIFAR-10 ({getattr(error, 'reason', error)}): connect to a network, or "
-            f"save {URL} as {archive}, or name the folder that contains {FOLDER}/ with --data-dir"
-        ) from None
+        ways = f"save {URL} as {archive}, or name its folder with --data-dir"
+        raise Failure(f"cannot download CIFAR-10 ({error}); {ways}") from None
     finally:
         progress.close()

@@ -22,30 +22,29 @@ SPLITS = {"train", "training", "val", "valid", "validation", "test"}
 
 
 def load(folder, data_dir, size, channels, skip_broken=False, labels=False):
-    """Return the images under `folder`, cropped to `size` (H, W), as Data, and their numbers.
+    """Return the images under `folder`, cropped to `size` (H, W), as Data; and each file's image number.
 
-    The numbers are those of each file's image, -1 if it is broken. Raises Failure for a folder without
-    images, for a broken image unless skip_broken, and for a labelled image outside the subfolders.
+    A broken file has the number -1, or raises Failure without skip_broken.
     """
     root = pathlib.Path(folder)
-    H, W = size
     paths = list_files(root)
     cache = cache_path(root, paths, size, channels, data_dir)
-    flags = read_flags(cache, len(paths), channels * H * W)
-    if flags is None or not (skip_broken or flags.all()):
+    if not cache.is_file():
         create_folder(data_dir, "--data-dir")
         with replacing(cache) as out:
-            flags = decode_all(paths, size, channels, out, skip_broken)
-            if not flags.any():
+            flags = decode_all(paths, out, size=size, channels=channels, skip_broken=skip_broken)
+            if not any(flags):
                 raise Failure(f"--data {folder}: contains no images")
             out.write(flags)
-    images = np.memmap(cache, np.uint8, "c", shape=(np.count_nonzero(flags), channels, H, W))
-    names = []
-    if labels:
-        names = [class_name(root, path) for path, flag in zip(paths, flags) if flag]
-    report(root, size, paths, flags, names)
+    images, flags = np.split(np.memmap(cache, np.uint8, "c"), [-len(paths)])
+    images = torch.from_numpy(images).reshape(-1, channels, *size)
+    if not (skip_broken or flags.all()):
+        broken = paths[flags.argmin()]
+        raise Failure(f"{broken}: cannot be read as an image; remove it or give --skip-broken")
+    names = [class_name(path, root) for path in np.array(paths)[flags > 0]] if labels else []
     classes, y = np.unique(names, return_inverse=True)
-    data = Data(torch.from_numpy(images), torch.from_numpy(y) if labels else None, classes.tolist())
+    report(folder, size, paths, flags, classes.tolist())
+    data = Data(images, torch.from_numpy(y) if labels else None, classes.tolist())
     return data, np.where(flags, np.cumsum(flags > 0) - 1, -1)
 
 
@@ -58,76 +57,52 @@ def list_files(root):
         raise Failure(f"--data {root}: is not glyphs, cifar10 or a folder")
     if any(root.glob("data_batch_1*")):
         raise Failure(f"--data {root}: contains CIFAR-10, not image files; use --data cifar10")
+
+    def stop(error):
+        raise error
+
     paths = []
-    thumbnails = []
     seen = {os.path.realpath(root)}
     for folder, names, files in os.walk(root, followlinks=True, onerror=stop):
         for name in sorted(names):
-            path = os.path.join(folder, name)
-            real = os.path.realpath(path)
-            if name == "@eaDir":
-                thumbnails.append(path)
+            real = os.path.realpath(os.path.join(folder, name))
             if name == "@eaDir" or name.startswith(".") or real in seen:
                 names.remove(name)
             seen.add(real)
-        for name in files:
-            if not name.startswith(".") and not name.endswith(".u8"):
-                paths.append(pathlib.Path(folder, name))
+        paths += [pathlib.Path(folder, name) for name in files]
+    thumbnails = [path for path in seen if path.endswith("@eaDir")]
     if thumbnails:
-        note(f"left out {len(thumbnails)} folders of thumbnails, such as {thumbnails[0]}")
-    return sorted(paths)
-
-
-def stop(error):
-    raise error
+        note(f"left out {len(thumbnails)} folders of thumbnails, such as {min(thumbnails)}")
+    return sorted(path for path in paths if path.name[0] != "." and path.suffix != ".u8")
 
 
 def cache_path(root, paths, size, channels, data_dir):
     """Return the cache's path. Its name follows from the files, the size and the channels."""
-    stamps = []
-    for path in paths:
-        about = path.stat()
-        stamps.append((path.relative_to(root).as_posix(), about.st_size, about.st_mtime_ns))
+    about = [(path.relative_to(root).as_posix(), path.stat()) for path in paths]
+    stamps = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in about]
     key = hashlib.sha256(repr((7, stamps, size, channels)).encode()).hexdigest()[:16]
-    H, W = size
-    return pathlib.Path(data_dir) / f"{root.resolve().name[:50]}-{H}x{W}x{channels}-{key}.u8"
+    shape = f"{size[0]}x{size[1]}x{channels}"
+    return pathlib.Path(data_dir) / f"{root.resolve().name[:50]}-{shape}-{key}.u8"
 
 
-def read_flags(cache, count, image_bytes):
-    """Return the flags at the end of a cache, uint8 (count,), or None without a complete cache."""
-    size = cache.stat().st_size if cache.is_file() else 0
-    if size <= count:
-        return None
-    flags = np.fromfile(cache, np.uint8, offset=size - count)
-    return flags if size == np.count_nonzero(flags) * image_bytes + count else None
-
-
-def class_name(root, path):
+def class_name(path, root):
     """Return the name of an image's class, which is its folder directly under `root`."""
     parts = path.relative_to(root).parts
     if len(parts) == 1:
-        raise Failure(f"{path}: is in no subfolder of --data; with --labels, those are the classes")
+        raise Failure(f"{path}: is in no subfolder of --data; subfolders are the classes")
     return unicodedata.normalize("NFC", parts[0])  # macOS may write an accent as a second letter
 
 
-def report(folder, size, paths, flags, names):
+def report(folder, size, paths, flags, classes):
     """Print a line for each property of the images that a user may not expect."""
     small = f"smaller than {size[0]}x{size[1]} and were enlarged"
-    for what, found in (
-        ("not images and were left out", flags == 0),
-        (small, flags & ENLARGED > 0),
-    ):
-        if found.any():
-            example = paths[found.argmax()]
-            note(f"{found.sum()} of {len(paths)} files are {what}, such as {example}")
+    found = {"not images and were left out": flags == 0, small: flags & ENLARGED > 0}
+    for what, files in found.items():
+        if files.any():
+            example = paths[files.argmax()]
+            note(f"{files.sum()} of {len(paths)} files are {what}, such as {example}")
     if not (flags & BRIGHT).any():
-        note(
-            f"warning: no pixel of {folder} reaches a quarter of the full brightness; if its files "
-            f"contain 10-bit or 12-bit data, scale them to the full 16 bits"
-        )
-    classes = set(names)
+        note(f"warning: no pixel of {folder} is above 63 of 255; scale 12-bit data to 16 bits")
     if classes and {name.lower() for name in classes} <= SPLITS:
-        note(
-            f"warning: the classes of {folder} are {', '.join(sorted(classes))}; if these are splits, "
-            f"use --data {folder}/{max(classes, key=names.count)}"
-        )
+        names = ", ".join(classes)
+        note(f"warning: the classes are {names}; if these are splits, give one of them as --data")

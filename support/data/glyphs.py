@@ -33,8 +33,7 @@ def master(glyph, side):
     """Return an upright digit in the middle of a square image."""
     image = Image.new("L", (side, side))
     font = ImageFont.load_default(size=70)
-    pen = ImageDraw.Draw(image)
-    left, top, right, bottom = pen.textbbox((0, 0), glyph, font, stroke_width=1)
+    left, top, right, bottom = font.getbbox(glyph, stroke_width=1)
     corner = ((side - left - right) / 2, (side - top - bottom) / 2)
-    pen.text(corner, glyph, 255, font, stroke_width=1)
+    ImageDraw.Draw(image).text(corner, glyph, 255, font, stroke_width=1)
     return image

@@ -18,13 +18,12 @@ def split_of(ckpt):
 
 
 class Chosen:
-    """Rows of a tensor, given by an index list. A row is copied when it is read, not before."""
+    """Rows of a tensor, given by their numbers. A row is copied when it is read, not before."""
 
     def __init__(self, source, places):
         self.source = source
-        self.places = torch.tensor(places, dtype=torch.int64)
-        self.shape = (len(places), *source.shape[1:])
-        self.nbytes = len(places) * source[:1].nbytes
+        self.places = torch.as_tensor(places)
+        self.shape = torch.Size([len(places), *source.shape[1:]])
         self.device = source.device
 
     def __len__(self):
@@ -32,9 +31,6 @@ class Chosen:
 
     def __getitem__(self, i):
         return self.source[self.places[i]]
-
-    def to(self, device):
-        return self[:].to(device)
 
 
 class Data(NamedTuple):
@@ -44,16 +40,27 @@ class Data(NamedTuple):
     labels: torch.Tensor | None
     classes: list[str]
 
+    def batch(self, i, device):
+        """Return the images with the numbers i in [-1, 1], and their labels or None, on `device`."""
+        fast = device.type == "cuda"  # copy without waiting for the GPU
+        x0 = self.images[i.to(self.images.device, non_blocking=fast)]
+        y = None if self.labels is None else self.labels[i].to(device, non_blocking=fast)
+        return x0.to(device, non_blocking=fast).float() / 127.5 - 1, y
 
-def pick(data, places):
-    """Return some of the images, without copying them."""
-    labels = None if data.labels is None else data.labels[places]
-    return Data(Chosen(data.images, places), labels, data.classes)
+    def pick(self, places):
+        """Return the images with the numbers `places`, without copying them."""
+        labels = None if self.labels is None else self.labels[places]
+        return Data(Chosen(self.images, places), labels, self.classes)
 
+    def take(self, limit):
+        """Return the images, or a seeded choice of `limit` of them."""
+        return self.pick(np.sort(shuffled(len(self.images))[:limit]))
 
-def take(data, limit):
-    """Return the images, or a seeded choice of `limit` of them."""
-    return pick(data, sorted(shuffled(len(data.images))[:limit].tolist()))
+    def with_classes(self, classes):
+        """Return the images of these classes, with labels that number `classes`."""
+        number = {name: k for k, name in enumerate(classes)}
+        labels = torch.tensor([number.get(name, -1) for name in self.classes])[self.labels]
+        return Data(self.images, labels, classes).pick((labels >= 0).nonzero()[:, 0])
 
 
 def shuffled(n):
@@ -71,39 +78,17 @@ def divide(data, numbers, limit=None, rule=SPLIT, hold_out=True):
     if rule == 2:
         order = order[order >= 0]
     n = len(order)
-    count = min(512, n // 20) if hold_out and rule > 0 and n >= 40 else 0
-    held = order[:count].tolist()
-    rest = order[count:].tolist()
+    held, rest = np.split(order, [min(512, n // 20) if hold_out and rule > 0 and n >= 40 else 0])
     chosen = rest[:limit]
     if rule == 2 and data.labels is not None:
-        add_missing_classes(chosen, rest + held, data.labels.tolist(), limit)
-    training = pick(data, sorted(set(chosen) - {-1}))
-    held = pick(data, sorted(set(held) - set(chosen) - {-1}))
+        # The first image of each class precedes the others, so that the limit cuts none of them.
+        others = np.concatenate([rest, held])
+        _, first = np.unique(data.labels[others], return_index=True)
+        first = sorted(first, key=lambda place: place >= len(chosen))
+        chosen = list(dict.fromkeys([*others[first], *chosen]))[:limit]
+    training = data.pick(np.setdiff1d(chosen, [-1]))
+    held = data.pick(np.setdiff1d(held, [-1, *chosen]))
     if rule < 2 and data.labels is not None:
         classes = [data.classes[k] for k in training.labels.unique()]
-        return with_classes(training, classes), with_classes(held, classes)
+        return training.with_classes(classes), held.with_classes(classes)
     return training, held
-
-
-def add_missing_classes(training, others, labels, limit):
-    """Add an image of each class that has none to the list `training` of image numbers.
-
-    If there is a limit, it replaces an image of a class with several.
-    """
-    count = np.bincount([labels[i] for i in training], minlength=max(labels) + 1)
-    for k in np.flatnonzero(count == 0):
-        if limit and len(training) >= limit:
-            spare = [i for i in training if count[labels[i]] > 1]
-            if not spare:
-                return  # fewer images than classes
-            training.remove(spare[-1])
-            count[labels[spare[-1]]] -= 1
-        training.append(next(i for i in others if labels[i] == k))
-
-
-def with_classes(data, classes):
-    """Return the images of these classes, with labels that number `classes`."""
-    number = {name: k for k, name in enumerate(classes)}
-    new = torch.tensor([number.get(name, -1) for name in data.classes], dtype=torch.int64)
-    labels = new[data.labels]
-    return pick(Data(data.images, labels, classes), (labels >= 0).nonzero()[:, 0].tolist())

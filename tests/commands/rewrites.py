@@ -30,6 +30,29 @@ BOUND = [
     ("test_contract", "test_memory_does_not_grow_along_a_run", "bound_terms"),
     ("test_randomness", "test_every_step_has_new_standard_normal_noise", "bound_terms", "given"),
 ]  # fmt: skip
+ANY_SHAPE = "test_eq5_terms_are_means_over_all_pixels_of_an_image_of_any_shape"
+ONE_TERM = "test_an_output_that_is_nan_at_one_t_makes_its_term_of_the_bound_nan_and_no_other"
+ANY_NOISE = "test_noise_may_be_any_function_of_a_tensor_shaped_like_the_images"
+LEARNED_BOUND = [
+    ("test_improved",
+     "test_bound_has_a_row_for_each_fixed_variance_and_one_for_the_learned_at_the_same_xt"),
+    ("test_improved", "test_bound_with_learned_variances_clips_and_rejects_as_the_other"),
+    ("test_improved", "test_bound_with_learned_variances_clips_x0_at_t_1_too"),
+    ("test_contract", ONE_TERM, "improved.bound_terms", 4),
+    ("test_randomness", ANY_NOISE, "improved.bound_terms"),
+]  # fmt: skip
+LOGARITHMS = [
+    ("test_2_forward", "test_eq4_alpha_bar_is_the_signal_that_the_chain_of_eq2_keeps"),
+    ("test_2_forward", "test_eq4_q_sample_has_the_mean_and_variance_of_the_chain_of_eq2"),
+    ("test_3_posterior",
+     "test_eq7_posterior_is_the_joint_gaussian_of_both_steps_conditioned_on_xt"),
+    ("test_3_posterior", "test_eq7_posterior_mean_keeps_the_marginal_mean"),
+    ("test_4_parametrisation", "test_eq11_p_mean_is_the_printed_formula"),
+    ("test_4_parametrisation",
+     "test_eq12_an_error_of_eps_moves_the_mean_by_the_weight_of_eq12"),
+    ("test_improved",
+     "test_iddpm_eq19_betas_are_those_of_the_steps_between_the_timesteps_kept"),
+]  # fmt: skip
 PARAMETRISATION = [
     ("test_4_parametrisation", "test_eq15_x0_from_eps_inverts_q_sample"),
     ("test_4_parametrisation", "test_eq4_eps_from_x0_inverts_q_sample"),
@@ -226,12 +249,74 @@ def bound_terms(model, d, x0, variances, *, clip=True, noise=torch.randn_like, t
 def bound_terms(model, d, x0, variances, *, clip=True, noise=torch.randn_like, one_by_one=bound_terms):
     T, B = d.T, len(x0)
     z = [noise(x0) for _ in range(T)]
-    t = torch.arange(1, T + 1).repeat_interleave(B)
+    t = torch.arange(1, T + 1, device=x0.device).repeat_interleave(B)
     xt = d.q_sample(x0.repeat(T, *[1] * (x0.ndim - 1)), t, torch.cat(z))
     eps = model(xt, t).split(B)
     return one_by_one(lambda xt, t: eps[int(t[0]) - 1], d, x0, variances, clip=clip,
                       noise=lambda x: z.pop(0))
 """, BOUND),
+    "all t of the bound in one call of everything": ("likelihood", """
+@torch.no_grad()
+def bound_terms(model, d, x0, variances, *, clip=True, noise=torch.randn_like):
+    check_levels(x0)
+    T, B = d.T, len(x0)
+    t = torch.arange(1, T + 1, device=x0.device).repeat_interleave(B)
+    x = x0.repeat(T, *[1] * (x0.ndim - 1))
+    xt = d.q_sample(x, t, noise(x))
+    mean = d.p_mean(xt, t, model(xt, t), clip=clip)
+    tables = [with_sigma_1(d, sigma2) for sigma2 in variances]
+    rows = [bound_term(d, x, xt, t, mean, at(sigma2, t, x)).reshape(T, B).T for sigma2 in tables]
+    prior = prior_term(d, x0).expand(len(rows), B)[..., None]
+    return torch.cat([torch.stack(rows), prior], dim=2).cpu().double()
+""", [*BOUND[:3], *(("test_9_bound", ANY_SHAPE, shape, size)
+                   for shape in ((3, 2, 6, 4), (2, 5)) for size in (1.0, 10.0)),
+      ("test_randomness", ANY_NOISE, "bound_terms"),
+      *(("test_contract", ONE_TERM, "bound_terms", t) for t in (1, 4))]),
+    "all t of the learned bound in one call of everything": ("improved", """
+@torch.no_grad()
+def bound_terms(model, d, x0, variances=(), *, clip=True, noise=torch.randn_like):
+    likelihood.check_levels(x0)
+    T, B = d.T, len(x0)
+    t = torch.arange(1, T + 1, device=x0.device).repeat_interleave(B)
+    x = x0.repeat(T, *[1] * (x0.ndim - 1))
+    xt = d.q_sample(x, t, noise(x))
+    eps, v = split_output(model(xt, t), xt)
+    mean = d.p_mean(xt, t, eps, clip=clip)
+    sigma2s = [at(likelihood.with_sigma_1(d, sigma2), t, x) for sigma2 in variances]
+    rows = []
+    for sigma2 in [*sigma2s, variance(d, t, v)]:
+        rows.append(likelihood.bound_term(d, x, xt, t, mean, sigma2).reshape(T, B).T)
+    prior = likelihood.prior_term(d, x0).expand(len(rows), B)[..., None]
+    return torch.cat([torch.stack(rows), prior], dim=2).cpu().double()
+""", LEARNED_BOUND),
+    "tables from logarithms": ("ddpm", """
+construct = Diffusion.__init__
+def logarithmic(self, beta):
+    construct(self, beta)
+    log_alpha_bar = torch.log1p(-self.beta).cumsum(0)
+    self.alpha_bar = log_alpha_bar.exp()
+    self.one_minus = -torch.expm1(log_alpha_bar)
+    self.alpha_bar_s = F.pad(self.alpha_bar[:-1], (1, 0), value=math.nan)
+    before = F.pad(self.one_minus[:-1], (1, 0), value=math.nan)
+    self.beta_tilde = self.beta * before / self.one_minus
+def q_sample(self, x0, t, eps):
+    check_same_shape(x0=x0, eps=eps)
+    return at(self.alpha_bar.sqrt(), t, x0) * x0 + at(self.one_minus.sqrt(), t, x0) * eps
+def posterior_mean(self, x0, xt, t):
+    check_same_shape(x0=x0, xt=xt)
+    before = F.pad(self.one_minus[:-1], (1, 0), value=math.nan)
+    c_0 = self.alpha_bar_s.sqrt() * self.beta / self.one_minus
+    c_t = self.alpha.sqrt() * before / self.one_minus
+    return at(c_0, t, x0) * x0 + at(c_t, t, xt) * xt
+def x0_from_eps(self, xt, t, eps):
+    check_same_shape(xt=xt, eps=eps)
+    return (xt - at(self.one_minus.sqrt(), t, xt) * eps) / at(self.alpha_bar.sqrt(), t, xt)
+def eps_from_x0(self, xt, t, x0):
+    check_same_shape(xt=xt, x0=x0)
+    return at(self.one_minus.rsqrt(), t, xt) * (xt - at(self.alpha_bar.sqrt(), t, xt) * x0)
+Diffusion.__init__, Diffusion.q_sample, Diffusion.posterior_mean = logarithmic, q_sample, posterior_mean
+Diffusion.x0_from_eps, Diffusion.eps_from_x0 = x0_from_eps, eps_from_x0
+""", LOGARITHMS),
     "the bound from T down to 1": ("likelihood", """
 @torch.no_grad()
 def bound_terms(model, d, x0, variances, *, clip=True, noise=torch.randn_like, upwards=bound_terms):

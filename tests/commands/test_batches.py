@@ -32,6 +32,14 @@ def test_batches_use_every_image_once_per_epoch_in_an_order_that_the_seed_decide
     assert sorted(larger[:10]) == sorted(larger[10:20]) == list(range(10))
 
 
+def test_images_are_scaled_to_minus_1_to_1_with_their_labels():
+    data = Data(torch.arange(256, dtype=torch.uint8).reshape(256, 1, 1, 1), torch.arange(256), [])
+    i = torch.tensor([255, 0, 51])
+    x0, y = data.batch(i, CPU)
+    assert x0.flatten().tolist() == pytest.approx([1, -1, -0.6]) and torch.equal(y, i)
+    assert data._replace(labels=None).batch(i, CPU)[1] is None
+
+
 def test_a_batch_depends_on_seed_and_step_only():
     """Not on what was sampled before."""
     first = sampled(3)

@@ -52,7 +52,7 @@ def test_any_flipped_bit_and_any_cut_is_detected(ckpt, tmp_path):
         for content in (bytes(damaged), whole[:place]):
             path.write_bytes(content)
             with pytest.raises(Failure, match=r"damaged|not a complete checkpoint"):
-                checkpoint.unsealed(path)
+                checkpoint.load(path)
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"cos\nsystem\n(S'touch owned'\ntR."])
@@ -60,8 +60,6 @@ def test_another_file_is_a_failure(tmp_path, content):
     (tmp_path / "a.pt").write_bytes(content)
     with pytest.raises(Failure, match="not a complete checkpoint"):
         checkpoint.load(tmp_path / "a.pt")
-    with pytest.raises(Failure, match="no such file"):
-        checkpoint.load(tmp_path / "nowhere.pt")
 
 
 class Trap:
@@ -123,7 +121,8 @@ CONTENTS = {
     "process.beta": set_in("process", "beta", lambda _: [0.0, 0.1]),
     "ema.conv_in.weight": set_in("ema", "conv_in.weight", lambda w: w[:1]),
     "model.conv_in.bias": set_in("model", "conv_in.bias", lambda w: w.double()),
-    "field: model)": lambda saved: saved["model"].pop("conv_in.bias"),
+    "model.conv_out.bias": lambda saved: saved["model"].pop("conv_out.bias"),
+    "ema.extra": lambda saved: saved["ema"].update(extra=torch.zeros(1)),
     "optimizer)": lambda saved: saved.pop("optimizer"),
 }
 
@@ -184,7 +183,7 @@ def test_a_diffusers_folder_is_a_checkpoint_without_a_run(call, ckpt, tmp_path):
         assert call(sample, *flags, "--n", 2, "--steps", 2)[0] == 0
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
     status, _, err = call(train, "--resume", "folder")
-    assert status == 2 and "start one from them with --init" in err
+    assert status == 2 and "use --init instead" in err
 
 
 @pytest.mark.parametrize("classes", [["7", "new", "2"], []], ids=["some", "none"])

@@ -52,6 +52,7 @@ def test_flags_become_settings_of_their_final_types():
     ("--name x --n 2.5", "--n: invalid whole number value: '2.5'"),
     ("--name x --n 0", "--n: 0: must be from 1 to 9"),
     ("--name x --rate nan", "--rate: nan is not a finite number"),
+    (f"--name x --n {10**30}", f"--n: {10**30} is too large"),
     ("--name x --rate -1", "--rate: -1: must be at least 0"),
     ("--name x --kind c", "--kind/--sort: invalid choice: 'c'"),
     ("--name x --name y", "--name: given twice"),

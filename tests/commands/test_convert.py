@@ -1,5 +1,6 @@
 """convert.py: its flags, and what it writes. The formats are tested in test_diffusers_format.py."""
 
+import pathlib
 import shutil
 
 import pytest
@@ -48,10 +49,11 @@ def converted(call, source, out, *flags):
 
 
 def rejected(call, *flags, status, words):
-    """The call ends with this status and one line, and writes nothing."""
+    """The call ends with this status and one line, perhaps after a note on what was read."""
     got, printed, err = call(convert, *flags)
-    assert (got, printed) == (status, "") and err.count("\n") == 1, err
-    assert words in err, err
+    *notes, line = err.splitlines()
+    assert (got, printed) == (status, "") and words in line, err
+    assert all(note.startswith("read ") for note in notes) and len(notes) < 2, err
 
 
 def test_a_diffusers_folder_becomes_a_checkpoint(call, theirs):
@@ -140,6 +142,29 @@ def test_classes_have_no_effect_on_a_checkpoint(call, ours):
     )
 
 
+def test_classes_have_no_effect_on_a_folder_that_names_them(call, ours):
+    converted(call, "ours.pt", "folder/")
+    flags = ["--ckpt", "folder", "--out", "new.pt", "--classes", "a,b"]
+    rejected(call, *flags, status=2, words="--classes: has no effect")
+
+
+@pytest.mark.parametrize("text, words", [
+    (b"a\na\n", "must name 2 different ones"), (b"a\n\n", "must name 2 different ones"),
+    (b"a\n\xe9\n", "classes.txt: is not text in UTF-8"),
+], ids=["a name twice", "an empty name", "latin-1"])  # fmt: skip
+def test_class_names_that_cannot_be_told_apart_or_read_are_rejected(call, ours, text, words):
+    converted(call, "ours.pt", "folder/")
+    pathlib.Path("folder", "classes.txt").write_bytes(text)
+    rejected(call, "--ckpt", "folder", "--out", "new.pt", status=1, words=words)
+
+
+def test_a_byte_order_mark_is_not_part_of_a_class_name(call, ours):
+    converted(call, "ours.pt", "folder/")
+    names = ["cat", "dog"]
+    pathlib.Path("folder", "classes.txt").write_text("\n".join(names), encoding="utf-8-sig")
+    assert checkpoint.load("folder")["classes"] == names
+
+
 def test_an_existing_output_is_not_replaced(call, theirs, tmp_path):
     (tmp_path / "old.pt").write_text("mine")
     (tmp_path / "old").mkdir()
@@ -152,15 +177,15 @@ def test_an_existing_output_is_not_replaced(call, theirs, tmp_path):
 
 @pytest.mark.parametrize("out, status, words", [
     ("new.zip", 2, "must end in .pt for a checkpoint, or in / for a folder"),
-    ("nowhere/new.pt", 1, "nowhere/new.pt: cannot be written: No such file or directory"),
-    ("nowhere/new/", 1, "nowhere/new/: cannot be written: No such file or directory"),
+    ("nowhere/new.pt", 1, "--out nowhere/new.pt: cannot be written: No such file or directory"),
+    ("nowhere/new/", 1, "--out nowhere/new/: cannot be written: No such file or directory"),
 ])  # fmt: skip
-def test_an_impossible_output_is_rejected_first(call, theirs, out, status, words):
+def test_an_impossible_output_is_rejected(call, theirs, out, status, words):
     rejected(call, "--ckpt", theirs, "--out", out, status=status, words=words)
 
 
 def test_a_missing_input_tells_where_to_find_weights(call):
-    words = "no such file or folder; docs/weights-and-fid.md"
+    words = "no such file or folder; see docs/weights-and-fid.md"
     rejected(call, "--ckpt", "google/ddpm-cifar10-32", "--out", "new.pt", status=1, words=words)
 
 

@@ -15,7 +15,7 @@ from support import devices, monitor
 from support.errors import UsageError
 
 
-@pytest.mark.parametrize("name", ["tpu", "hpu", "cuda:99", "nonsense", ""])
+@pytest.mark.parametrize("name", ["tpu", "meta", "cuda:99", "nonsense", ""])
 def test_a_device_that_is_not_there_is_a_usage_error(name):
     with pytest.raises(UsageError, match=f"--device {name}: .*; try cpu"):
         devices.pick_device(name)

@@ -23,7 +23,7 @@ from support.diffusers_format import (
     write_folder,
     write_safetensors,
 )
-from support.errors import Failure, UsageError
+from support.errors import Failure
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 NETWORK = dict(in_channels=3, out_channels=3, ch=8, mult=(1, 2), blocks=1, attention=(1,), dropout=0.1,
@@ -288,8 +288,8 @@ def test_classes_of_other_folders_are_named_by_the_user(tmp_path):
     (folder / "classes.txt").unlink()
     assert read_folder(folder, ["x", "y"])["classes"] == ["x", "y"]
     for names in ((), ["x", "y", "z"]):
-        with pytest.raises(UsageError, match=f"2 classes, but {len(names)} are named"):
-            read_folder(folder, names)
+        with pytest.raises(Failure, match=r"--classes or classes.txt must name 2"):
+            checkpoint.check("folder", read_folder(folder, names))
 
 
 # --- The authors' weights, and state_dicts -------------------------------------------------------
@@ -303,8 +303,8 @@ def test_the_authors_weights_are_recognised_by_their_names_and_shapes(monkeypatc
     monkeypatch.setattr(diffusers_format, "RUNS", runs)
     for network, shape, variance in runs:
         weights = ddpm.UNet(**network).state_dict()
-        names = diffusers_format.names(network, diffusers_format.AUTHORS)
-        tensors = {names[name]: tensor for name, tensor in weights.items()}
+        names = diffusers_format.names(weights, network, diffusers_format.AUTHORS)
+        tensors = {theirs: weights[name] for theirs, name in names.items()}
         lowest = len(network["mult"]) - 1
         assert len(tensors[f"up.{lowest}.block.0.conv1.bias"]) == 8 * network["mult"][lowest]
         for name in ("up.0.block.2.nin_shortcut.weight", "mid.attn_1.proj_out.bias", "temb.dense.1.bias",
@@ -346,8 +346,8 @@ def test_the_shapes_of_a_state_dict_determine_its_network(network):
 def test_a_state_dict_with_impossible_flags_is_rejected():
     for flags, words in ((dict(groups=3), "must be divisible by num_groups"),
                          (dict(size=(8, 9)), "field: shape"),
-                         (dict(classes=["a"]), "0 classes, but 1 are named")):  # fmt: skip
-        with pytest.raises((Failure, UsageError), match=words):
+                         (dict(classes=["a"]), "classes.txt must name 0")):  # fmt: skip
+        with pytest.raises(Failure, match=words):
             state_dict(NETWORK, **flags)
 
 
@@ -381,12 +381,35 @@ def test_a_network_that_ddpm_py_lacks_is_rejected_by_the_settings_name(theirs, n
 
 @pytest.mark.parametrize("settings, words", [
     (dict(dropout=1.5), "dropout"), (dict(norm_num_groups=3), "num_groups"), (dict(sample_size=9), "shape"),
-    (dict(sample_size=None), "shape"), (dict(out_channels=4), "process.variance"),
-    (dict(layers_per_block=2), "model"), (dict(attention_head_dim=...), "attention_head_dim is missing"),
+    (dict(sample_size=None), "sample_size is null"), (dict(out_channels=4), "process.variance"),
+    (dict(layers_per_block=2), "model"), (dict(attention_head_dim=...), "attention_head_dim is \"missing\""),
 ], ids=str)  # fmt: skip
 def test_sizes_that_do_not_fit_are_rejected(theirs, settings, words):
     change(theirs, "unet/config.json", **settings)
     rejected(theirs, words)
+
+
+@pytest.mark.parametrize("name, value", [
+    ("out_channels", None), ("block_out_channels", []), ("block_out_channels", [0, 0]), ("in_channels", ...),
+    ("layers_per_block", "2"), ("norm_num_groups", 0), ("dropout", "x"), ("num_class_embeds", "x"),
+], ids=str)  # fmt: skip
+def test_a_size_of_another_type_or_without_a_value_is_rejected_by_its_name(theirs, name, value):
+    change(theirs, "unet/config.json", **{name: value})
+    rejected(theirs, name)
+
+
+@pytest.mark.parametrize("name, value", [
+    ("num_train_timesteps", -1), ("beta_start", None), ("beta_start", -0.1), ("trained_betas", 0.1),
+    ("beta_schedule", []), ("variance_type", []), ("clip_sample", "yes"),
+], ids=str)  # fmt: skip
+def test_a_process_of_other_types_is_rejected(theirs, name, value):
+    change(theirs, "scheduler/scheduler_config.json", **{name: value})
+    rejected(theirs, "scheduler_config.json: ")
+
+
+def test_settings_that_are_not_a_dictionary_are_rejected(theirs):
+    (theirs / "unet" / "config.json").write_text("[]")
+    rejected(theirs, "config.json: sample_size is")
 
 
 def test_settings_that_older_versions_lack_have_the_same_default(theirs):
@@ -410,8 +433,8 @@ def test_a_process_that_ddpm_py_lacks_is_rejected_by_the_settings_name(theirs, n
 
 
 @pytest.mark.parametrize("settings, words", [
-    (dict(variance_type="learned_range"), "process.variance"), (dict(clip_sample="yes"), "process.clip"),
-    (dict(beta_start=0.0), "beta"), (dict(trained_betas=[0.1]), "num_train_timesteps is 20"),
+    (dict(variance_type="learned_range"), "process.variance"), (dict(beta_start=0.0), "beta"),
+    (dict(trained_betas=[0.1]), "num_train_timesteps is 20"),
 ], ids=str)  # fmt: skip
 def test_a_process_that_does_not_fit_is_rejected(theirs, settings, words):
     change(theirs, "scheduler/scheduler_config.json", **settings)
@@ -425,8 +448,8 @@ def test_a_missing_an_unknown_and_a_wrong_tensor_are_rejected(theirs):
     tensors = read_weights(theirs / WEIGHTS)
     name = "down_blocks.0.resnets.0.conv1.weight"
     for other, words in (
-        ({k: v for k, v in tensors.items() if k != name}, "field: model"),
-        (tensors | {"conv_in.extra": torch.zeros(3)}, "conv_in.extra is not a part"),
+        ({k: v for k, v in tensors.items() if k != name}, "field: model.down.0.0.conv1.weight"),
+        (tensors | {"conv_in.extra": torch.zeros(3)}, "field: model.conv_in.extra"),
         (tensors | {name: tensors[name][:, :, :1]}, "field: model.down.0.0.conv1.weight"),
     ):
         replace_weights(theirs / WEIGHTS, other)
@@ -437,6 +460,21 @@ def test_a_safetensors_file_of_an_unknown_type_is_rejected(theirs):
     path = theirs / WEIGHTS
     path.write_bytes(path.read_bytes().replace(b'"F32"', b'"F64"', 1))
     rejected(theirs, "has the type F64")
+
+
+@pytest.mark.parametrize("old, new", [
+    (b'"dtype"', b'"dtypf"'), (b'"shape"', b'"shapf"'), (b'"data_offsets"', b'"data_offsett"'),
+    (b'"data_offsets":[0,', b'"data_offsets":[1,'), (b'"data_offsets":[0,', b'"data_offsets":["'),
+    (b'"shape":[', b'"shape":9, "a":['), (b'"dtype":"F32"', b'"dtype":["F"]'),
+])  # fmt: skip
+def test_a_safetensors_file_with_a_damaged_header_is_rejected(theirs, old, new):
+    whole = (theirs / WEIGHTS).read_bytes()
+    end = 8 + int.from_bytes(whole[:8], "little")
+    header = whole[8:end].replace(b", ", b",").replace(b": ", b":")
+    assert old in header
+    header = header.replace(old, new, 1)
+    (theirs / WEIGHTS).write_bytes(len(header).to_bytes(8, "little") + header + whole[end:])
+    rejected(theirs, "safetensors: ")
 
 
 def test_a_safetensors_file_that_is_cut_anywhere_is_rejected(theirs):
@@ -471,7 +509,8 @@ def test_a_pickle_of_something_else_is_rejected(tmp_path, content):
 def test_a_damaged_pickle_is_rejected(tmp_path):
     torch.save({"a": torch.zeros(99)}, tmp_path / "whole")
     whole = (tmp_path / "whole").read_bytes()
-    for bad in (b"", b"no pickle", whole[:500], whole[:-100], pickle.dumps({"a": 1})[:-1]):
+    text = [b"", b"no pickle", b"hello world\n", b"epoch,loss\n1,2\n", b"<!DOCTYPE html>\n"]
+    for bad in (*text, whole[:500], whole[:-100], pickle.dumps({"a": 1})[:-1]):
         (tmp_path / "a.bin").write_bytes(bad)
         with pytest.raises(Failure, match=r"a.bin: cannot be read as weights"):
             read_weights(tmp_path / "a.bin")
@@ -485,7 +524,9 @@ def test_settings_that_are_not_json_are_rejected(theirs, file, text):
 
 
 def test_an_incomplete_folder_is_told_what_is_missing(theirs):
-    (theirs / WEIGHTS).rename(theirs / "unet" / "model.ckpt")
-    rejected(theirs, "contains no diffusion_pytorch_model.safetensors")
-    (theirs / "unet" / "config.json").unlink()
-    rejected(theirs, "config.json: no such file")
+    """The operating system's error names the file, and command.run() prints it."""
+    for path in (theirs / WEIGHTS, theirs / "unet" / "config.json"):
+        path.unlink()
+        with pytest.raises(FileNotFoundError) as error:
+            checkpoint.load(theirs)
+        assert str(error.value.filename) == str(path)

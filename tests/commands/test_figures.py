@@ -1,5 +1,6 @@
 """figures.py: a figure plots what the paper defines, and a picture is complete or not written."""
 
+import functools
 import inspect
 import json
 import re
@@ -68,6 +69,13 @@ def scene(**more):
     )
 
 
+def decoder(model):
+    """Return Scene.decode of a scene with this model."""
+    return functools.partial(
+        figures.Scene.decode, types.SimpleNamespace(model=model, d=D, clip=True)
+    )
+
+
 @pytest.fixture
 def rows(monkeypatch):
     """Return the list of the arguments of all charts and rows of images that a figure draws."""
@@ -99,20 +107,28 @@ def test_forward_shows_x_t_of_eq4_with_one_noise(rows):
     assert np.array_equal(images_of[1][4], to_uint8(xt)[0])
 
 
-def test_reverse_shows_the_x0_that_the_best_model_predicts():
-    """It is E[x0 | x_t] at each timestep; the walk starts at x_T and ends at DDIM's x_0."""
-    timesteps = [1, 3, 6, 9, 12]
-    noise = image_noise([1, 2])
+def test_reverse_shows_the_x0_that_the_best_model_predicts(rows):
+    """Below each x_t is E[x0 | x_t]. The walk starts at x_T and ends at DDIM's x_0."""
+    seen = {}
+
+    def model(xt, t):
+        seen[int(t[0])] = xt
+        return best(xt, t)
+
+    noise = image_noise([0, 1])
     xT = noise(images(1))
-    path = figures.walk(best, D, xT, timesteps, noise)
-    assert list(path) == [12, 9, 6, 3, 1, 0]
-    assert torch.equal(path[12][0], xT) and torch.equal(*path[0])
-    for t in timesteps:
-        xt, x0 = path[t]
-        close(x0, expected_x0(xt, t), 1e-9)
-    again = image_noise([1, 2])
-    xT = again(images(1))
-    close(path[0][0], ddpm.sample_ddim(best, D, xT, timesteps, eta=1.0, noise=again), 1e-13)
+    x0 = ddpm.sample_ddim(best, D, xT, range(1, 13), eta=1.0, noise=noise)
+    figures.reverse(scene(model=model, decode=decoder(model)))
+    shown, above, _ = rows[0]
+    at = [int(text.removeprefix("t = ")) for text in above]
+    assert at[0] == 12 and at[-1] == 0 and torch.equal(seen[12], xT)
+    for i in (0, 1):
+        for j, t in enumerate(at[:-1]):
+            assert np.array_equal(shown[2 * i][j], to_uint8(seen[t])[i]), t
+            expected = torch.from_numpy(expected_x0(seen[t], t))
+            assert np.array_equal(shown[2 * i + 1][j], to_uint8(expected)[i]), t
+        assert np.array_equal(shown[2 * i][-1], to_uint8(x0)[i])
+        assert np.array_equal(shown[2 * i + 1][-1], to_uint8(x0)[i])
 
 
 def test_samples_from_a_shared_x_t_differ_by_their_seeds_and_less_for_smaller_t():
@@ -121,7 +137,7 @@ def test_samples_from_a_shared_x_t_differ_by_their_seeds_and_less_for_smaller_t(
     spread = []
     for t in (12, 6, 1):
         xt = D.q_sample(x0, t, eps).expand(64, -1, -1, -1)
-        samples = figures.Scene.decode(scene(), xt, t, image_noise(range(64)))
+        samples = decoder(best)(xt, t, image_noise(range(64)))
         spread.append(float(samples.var(0).mean()))
     assert spread[0] > 1.2 * spread[1] > 0 and spread[2] < 1e-12, spread
 
@@ -306,8 +322,7 @@ def test_figures_clip_x0_as_the_checkpoint_says(call, ckpt, tmp_path, monkeypatc
     for module, name in (
         (sampling.ddpm, "sample_ancestral"),
         (sampling.ddpm, "sample_ddim"),
-        (figures.ddpm, "sample_ddim"),
-        (figures.ddpm, "ddim_step"),
+        (sampling.ddpm, "ddim_step"),
         (figures.likelihood, "bound_terms"),
     ):
         original = getattr(module, name)
@@ -347,6 +362,19 @@ def test_epochs_shows_the_first_image_of_each_class_of_every_grid(
             assert np.array_equal(cell, grid[2 + 66 * digit :, 2:][:64, :64]), (row, digit)
 
 
+def test_a_broken_file_of_a_folder_is_skipped_on_request(call, tmp_path):
+    (tmp_path / "album").mkdir()
+    Image.new("RGB", (80, 80), "red").save(tmp_path / "album" / "a.png")
+    (tmp_path / "album" / "b.png").write_text("not an image")
+    flags = ["--only", "forward, schedules", "--data", "album", "--out", "f"]
+    assert call(figures, *flags)[0] == 1
+    assert call(figures, *flags, "--skip-broken")[0] == 0
+    assert sorted(path.name for path in (tmp_path / "f").iterdir()) == [
+        "forward.png",
+        "schedules.png",
+    ]
+
+
 @pytest.mark.parametrize("flags, words", [
     ("--only nothing", ["--only nothing: not a figure", "forward"]),
     ("--only reverse", ["--only reverse: needs --ckpt"]),
@@ -362,7 +390,7 @@ def test_a_wrong_call_is_one_line_and_draws_nothing(flags, words, call, tmp_path
 
 
 @pytest.mark.parametrize("flags, words", [
-    ("--only embedding --out text", "--out text: exists but is not a folder"),
+    ("--only embedding --out text", "--out text: is not a folder"),
     ("--only loss --log folder --out f", "folder: Is a directory"),
     ("--only loss --log missing --out f", "missing: No such file"),
 ], ids=str)  # fmt: skip

@@ -35,7 +35,7 @@ def pixel(x, y, at):
 
 def dot(x, y, at):
     """The centre of the one dot of a chart, in pixels."""
-    return centre(plots.lines(x, y, {"dot": ([at[0]], [at[1]])}, size=SIZE, dots=True))
+    return centre(plots.lines(x, y, {"dot": ([at[0]], [at[1]])}, size=SIZE))
 
 
 @pytest.mark.parametrize("axis", [LINEAR, LOG], ids=["linear", "log"])
@@ -58,9 +58,7 @@ def test_equal_steps_are_equal_lengths_and_on_a_log_axis_equal_ratios_are():
 
 def test_a_tick_is_drawn_at_its_value():
     """The grid's line of the value 2 runs through the column of a dot at 2."""
-    picture = np.asarray(
-        plots.lines(LINEAR, LINEAR, {"dot": ([2], [2])}, size=SIZE, dots=True), float
-    ).sum(2)
+    picture = np.asarray(plots.lines(LINEAR, LINEAR, {"dot": ([2], [2])}, size=SIZE), float).sum(2)
     column, row = (int(at) for at in dot(LINEAR, LINEAR, (2, 2)))
     above = picture[plots.TOP + 5 : row - 10, column - 3 : column + 4].mean(0)
     assert above.argmin() == 3, f"darkest {above.argmin() - 3} pixels beside the dot"
@@ -107,12 +105,16 @@ def test_a_line_passes_through_its_points_and_stays_inside_the_axes():
 
 
 def test_a_value_that_has_no_logarithm_is_left_out():
-    picture = plots.lines(
-        LOG, LOG, {"dots": ([0, -1, 10, np.nan], [1, 1, 10, 1])}, size=SIZE, dots=True
-    )
-    assert np.array_equal(
-        picture, plots.lines(LOG, LOG, {"dots": ([10], [10])}, size=SIZE, dots=True)
-    )
+    """Of a line whose only other point this is, a dot remains."""
+    picture = plots.lines(LOG, LOG, {"dot": ([0, -1, 10, np.nan], [1, 1, 10, 1])}, size=SIZE)
+    assert np.array_equal(picture, plots.lines(LOG, LOG, {"dot": ([10], [10])}, size=SIZE))
+
+
+def test_each_dot_is_drawn_and_no_line_between_them():
+    alone = [coloured(plots.lines(LINEAR, LINEAR, {"": ([x], [x])}, size=SIZE)) for x in (0, 3)]
+    both = coloured(plots.lines(LINEAR, LINEAR, {"": ([0, 3], [0, 3])}, size=SIZE, dots=True))
+    assert len(both[2]) == sum(len(strength) for _, _, strength in alone)
+    assert both[2].sum() == sum(strength.sum() for _, _, strength in alone)
 
 
 def test_a_heat_map_has_squares_of_whole_pixels_row_0_at_the_top():
@@ -120,7 +122,7 @@ def test_a_heat_map_has_squares_of_whole_pixels_row_0_at_the_top():
     values = np.linspace(-1, 1, 12).reshape(3, 4)
     x = Axis("column", 0, 4)
     y = Axis("row", 0, 3)
-    picture = np.asarray(plots.heat(x, y, values, cell=(5, 7)))
+    picture = np.asarray(plots.heat(x, y, values, "", cell=(5, 7)))
     for i in range(3):
         for j in range(4):
             square = picture[plots.TOP + 7 * i :, plots.LEFT + 5 * j :][1:6, 1:4]
@@ -134,7 +136,7 @@ def test_a_dot_on_the_frame_is_as_large_as_one_inside():
     """Measured by the colour that it leaves, at a corner and in the middle."""
     sums = []
     for value in (-2, 1.6):
-        picture = plots.lines(LINEAR, LINEAR, {"dot": ([value], [value])}, size=SIZE, dots=True)
+        picture = plots.lines(LINEAR, LINEAR, {"dot": ([value], [value])}, size=SIZE)
         sums.append(coloured(picture)[2].sum())
     assert abs(sums[0] / sums[1] - 1) < 0.1, sums
 

@@ -67,6 +67,14 @@ def test_too_few_steps_are_answered_with_what_to_type_and_how_long_it_takes(caps
     assert "x_T is not yet noise" in capsys.readouterr().err
 
 
+def test_a_warm_up_as_long_as_the_run_is_reported(capsys):
+    d = ddpm.Diffusion(ddpm.cosine_schedule())
+    for warmup, reported in ((2000, True), (1999, False)):
+        cfg = settings(64, data="album", epochs=1000, warmup=warmup)
+        recipes.warn(cfg, 64, d, seconds=0.5)
+        assert ("try a shorter --warmup" in capsys.readouterr().err) == reported
+
+
 def test_minutes_choose_the_number_of_epochs():
     """6,000 images in batches of 32, at half a second a step: 4 epochs take 375 seconds."""
     assert settings(6000, seconds=0.5, minutes=7).epochs == 4

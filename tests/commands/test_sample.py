@@ -183,13 +183,13 @@ def test_bfloat16_gives_nearly_the_same_picture(call, ckpt):
 
 
 @pytest.mark.parametrize("flags, words", [
-    ("--label Q", "--label Q: not a class of this network (classes: 0, 1, 2"),
+    ("--label Q", "--label Q: not a class; choose from 0, 1, 2"),
     ("--label 7,Q", "--label Q: not a class"),
     ("--steps 21", "the checkpoint has T = 20 timesteps"),
-    ("--spacing quadratic", "--spacing quadratic: all 20 timesteps are used; add --steps"),
-    ("--eta 0 --variance beta", "--eta is for DDIM, --variance for ancestral sampling"),
-    ("--variance learned", "this network has no learned variance"),
-    ("--label 3 --guidance -1", "--label has no effect with --guidance -1"),
+    ("--spacing quadratic", "--spacing: all 20 timesteps are used; add --steps"),
+    ("--eta 0 --variance beta", "--eta selects DDIM, --variance does not; use one"),
+    ("--variance learned", "--variance learned: this network has none"),
+    ("--label 3 --guidance -1", "--label: --guidance -1 samples without a class"),
     ("--n 99999 --steps 1", "--n 99999: too many for one .png"),
 ])  # fmt: skip
 def test_a_wrong_call_is_one_line_and_writes_nothing(call, ckpt, tmp_path, flags, words):

@@ -4,7 +4,10 @@ import ast
 import re
 
 import pytest
+import torch
 from running import ROOT
+
+import ddpm
 
 LIBRARY = {name: (ROOT / name).read_text() for name in ("ddpm.py", "likelihood.py", "improved.py")}
 REFERENCE = (ROOT / "reference_numpy.py").read_text()
@@ -123,3 +126,14 @@ def test_imports_point_downward_and_no_file_imports_a_command():
         assert ready, f"a cycle of imports among {sorted(path.name for path in left)}"
         for path in ready:
             del left[path]
+
+
+def test_the_network_is_exported_for_every_batch_size():
+    """A message that reads a size, even one that is never raised, would fix the size of the batch."""
+    net = ddpm.UNet(ch=8, mult=(1, 2), blocks=1, attention=(1,), groups=4, num_classes=3).eval()
+    sizes = {0: torch.export.Dim("B", min=2, max=64)}
+    inputs = (torch.randn(4, 3, 8, 8), torch.tensor([1, 5, 9, 20]))
+    exported = torch.export.export(net, inputs, dynamic_shapes=(sizes, sizes)).module()
+    x = torch.randn(7, 3, 8, 8)
+    t = torch.arange(1, 8)
+    torch.testing.assert_close(exported(x, t), net(x, t))

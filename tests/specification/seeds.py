@@ -1,6 +1,6 @@
 """Run the statistical tests of the specification with fresh seeds, and print how often each one fails.
 
-    python tests/specification/seeds.py                       300 seeds, in hours
+    python tests/specification/seeds.py                       300 seeds, in about an hour on two idle cores
     python tests/specification/seeds.py --seeds 30 --jobs 2   fewer seeds, two processes at a time
     python tests/specification/seeds.py --all                 all tests, with fresh examples of Hypothesis
     python tests/specification/seeds.py -- --ddpm my_ddpm.py  another file; the rest goes to pytest

@@ -14,6 +14,7 @@ from checks import EPS32, close, has_mean, in_float64, rejected, rejects, same, 
 from hypothesis import given
 from hypothesis import strategies as st
 from network_numpy import attention_roles, block_roles, roles
+from scipy import stats
 
 from weights import by_role, change_weights, first_met, matched
 
@@ -470,6 +471,15 @@ def test_labels_have_different_outputs_from_the_start():
             assert not torch.equal(one, outputs[k]), f"labels {k} and {i} have the same output"
 
 
+@pytest.mark.parametrize("classes", [1, 3])
+def test_every_row_of_the_label_table_starts_different_from_zero(classes):
+    """The row for "no label", too: a label is a vector that is added, and none is the absence of one."""
+    weights = initial_weights(ch=8, mult=(1, 2), blocks=1, groups=4, num_classes=classes)
+    (table,) = [w for role, w in weights if role.startswith("label")]
+    sizes = abs(table).max(axis=1)
+    assert len(sizes) == classes + 1 and (sizes > 0).all(), f"largest value of each row: {sizes}"
+
+
 # --- Its layers -----------------------------------------------------------------------------------
 
 
@@ -612,6 +622,54 @@ def test_dropout_statistics_reject_dropout(fault):
     known = DroppingBlock()
     assert not rejects(known.check, known.misplaced("nowhere else"))
     assert rejects(known.check, known.misplaced(fault))
+
+
+def masks_are_independent(kept):
+    """Assert that masks (n, ...) of 1 and 0 are independent, within an image and from each image to the next.
+
+    A correlation of two independent columns of n numbers has mean 0 and standard error 1 / sqrt(n). All pairs
+    of columns together have the false-alarm rate ALPHA.
+    """
+    __tracebackhide__ = True
+    n = len(kept)
+    off = kept.reshape(n, -1) - (1 - P)
+    correlations = off.T @ off / (n * P * (1 - P))
+    pairs = correlations[np.triu_indices(len(correlations), 1)]
+    worst = pairs[np.argmax(abs(pairs))]
+    allowed = stats.norm.isf(checks.ALPHA / 2 / len(pairs))
+    within(f"largest of {len(pairs)} correlations in an image", worst, 0, n**-0.5, allowed)
+    following = (off[:-1] * off[1:]).mean() / (P * (1 - P))
+    within("correlation with the next image", following, 0, off[1:].size ** -0.5)
+
+
+def test_dropout_masks_every_number_independently():
+    """Channels, rows, columns and images do not share masks. The last convolution is the identity here, so the
+    output shows which numbers are dropped."""
+    random = np.random.default_rng(7)
+    known = {role: random.normal(0, 0.5, shape) for role, shape in block_roles("", 4, 4, 16)}
+    known["conv2.weight"] = np.eye(4)[:, :, None, None] * np.pad([[1.0]], 1)
+    known["conv2.bias"] = np.zeros(4)
+    block = ddpm.ResBlock(4, 4, 16, P, 4).double().eval()
+    x, emb = torch.from_numpy(random.normal(size=(1, 4, 3, 5))), images(1, 16)
+    change_weights(block, list(block_roles("", 4, 4, 16)),
+                   lambda role, w: torch.from_numpy(known[role]), x, emb)  # fmt: skip
+    out = block.train()(x.expand(MASKS, -1, -1, -1), emb.expand(MASKS, -1)) - x
+    kept = (out.abs() > 1e-12).double().numpy()  # x + 0 - x is 0 up to rounding
+    has_mean("share that is kept", kept, 1 - P)
+    masks_are_independent(kept)
+
+
+@pytest.mark.parametrize("shared", ["channels", "rows", "columns", "neighbouring images"])
+def test_dropout_statistics_reject_masks_that_share(shared):
+    """Negative control."""
+    kept = (np.random.default_rng(checks.SEED).random((MASKS, 4, 3, 5)) >= P).astype(float)
+    assert not rejects(masks_are_independent, kept)
+    if shared == "neighbouring images":
+        kept[1::2] = kept[::2]
+    else:
+        axis = {"channels": 1, "rows": 2, "columns": 3}[shared]
+        kept[:] = np.take(kept, [0], axis)
+    assert rejects(masks_are_independent, kept)
 
 
 def test_appB_dropout_is_a_tenth_by_default():

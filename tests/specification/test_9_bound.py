@@ -204,13 +204,13 @@ def test_eq5_terms_in_float32_are_those_of_the_reference(t):
 # --- The terms of the bound -----------------------------------------------------------------------
 
 
-def terms_of(case_or_beta, k, model, tables=("beta", "beta_tilde"), pixels=(1,), **how):
-    """bound_terms of the levels k, each an image of equal pixels, and the model's xt at each t.
+def recorded(model):
+    """Return a model for the bound with the same outputs, and a dict in which it keeps the xt of each t.
 
     An implementation may call the model at one t at a time or at many, in any order, and again for other
     variances, but with the same xt.
     """
-    d, seen = ddpm.Diffusion(getattr(case_or_beta, "beta", case_or_beta)), {}
+    seen = {}
 
     def recording(xt, t):
         for step in set(t.tolist()):
@@ -219,6 +219,13 @@ def terms_of(case_or_beta, k, model, tables=("beta", "beta_tilde"), pixels=(1,),
             seen[step] = now
         return model(xt, t)
 
+    return recording, seen
+
+
+def terms_of(case_or_beta, k, model, tables=("beta", "beta_tilde"), pixels=(1,), **how):
+    """bound_terms of the levels k, each an image of equal pixels, and the model's xt at each t."""
+    d = ddpm.Diffusion(getattr(case_or_beta, "beta", case_or_beta))
+    recording, seen = recorded(model)
     x0 = torch.from_numpy(level(k)).reshape(-1, *[1] * len(pixels)).repeat(1, *pixels)
     how = {"noise": noise(3), **how}
     terms = likelihood.bound_terms(recording, d, x0, [getattr(d, name) for name in tables], **how)
@@ -451,22 +458,28 @@ def test_eq5_terms_are_means_over_all_pixels_of_an_image_of_any_shape(shape, siz
             seen[step] = xt[t == step]
         return 0.5 * xt
 
+    returned, draw = [], noise(4)
+
     def given(x):
-        return size * noise(4)(x)
+        returned.append(size * draw(x))
+        return returned[-1]
 
     terms = likelihood.bound_terms(
         model, d, torch.from_numpy(level(k)), [d.beta], clip=False, noise=given
     )
     signal, variance = ref.forward_moments(BRUTAL)
+    implied = []
     for t in (1, 2, 3, 4):
         xt = seen[t].numpy()
-        largest = abs(xt - signal[t] * level(k)).max() / variance[t] ** 0.5
-        close(f"largest noise at t = {t}", largest, abs(given(seen[t])).max(), 1e-9)
+        implied.append((xt - signal[t] * level(k)) / variance[t] ** 0.5)
         mean = d.p_mean(seen[t], t, 0.5 * seen[t], clip=False).numpy()
         sigma2 = ref.decoder_variance(BRUTAL) if t == 1 else BRUTAL[t]
         each = ref.bound_term(BRUTAL, t, k, xt, mean, sigma2) / LN2
         want = each.reshape(shape[0], -1).mean(1)
         close(f"L_{t - 1}", terms[0, :, t - 1], want, 1e-9, 1 + abs(want))
+    # All numbers that the noise function has returned, in one call or in several, and no others.
+    numbers = np.sort(np.concatenate([z.numpy().ravel() for z in returned]))
+    close("noise in all xt", np.sort(np.ravel(implied)), numbers, 1e-9, 10.0)
 
 
 def test_bound_builds_no_graph_and_the_same_noise_gives_the_same_terms():

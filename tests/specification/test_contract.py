@@ -672,6 +672,58 @@ def test_a_model_in_bfloat16_has_its_output_rounded_and_nothing_else(name):
         same("result", got, want)
 
 
+# --- Values that are not numbers -----------------------------------------------------------------
+
+TAKES_IMAGES = [
+    (name, key) for name in CALLS_AND_NETWORKS for key in ("xt", "eps", "v", "emb", "x0")
+    if key in needs(name) and not name.endswith("its t")
+    and not (key == "x0" and any(word in name for word in ("bound", "likelihood", "hybrid")))
+    and (name, key) not in (("q_sample at t = 0", "eps"), ("bound_term at t = 1", "xt"))
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, key", TAKES_IMAGES)
+def test_a_value_that_is_nan_makes_the_result_of_its_image_nan_and_no_other(name, key):
+    """So a network that has diverged stays visible. Clipping and means keep nan.
+
+    Arguments on which the result does not depend are left out, and so is x0 where it must be on the 256 levels.
+    """
+    clean, given = arguments(name), arguments(name)
+    given[key][1].view(-1)[3] = torch.nan
+    pairs = list(zip(tensors(call(name, given)), tensors(call(name, clean)), strict=True))
+    assert pairs, f"{name} returns {len(pairs)} tensors"
+    for got, want in pairs:
+        if got.ndim == 0:
+            assert got.isnan(), f"result {got.item():g}, want nan"
+            continue
+        axis = 1 if "bound_terms" in name else 0
+        numbers = got.select(axis, 1).isnan().sum().item()
+        assert numbers > 0, f"result of image 1: {numbers} numbers are nan"
+        for i in (0, 2):
+            close(f"result of image {i}", got.select(axis, i), want.select(axis, i), 1e-12, 10.0)
+
+
+@pytest.mark.parametrize("t", [1, 2, 4])
+@pytest.mark.parametrize("name", ["bound_terms", "improved.bound_terms"])
+def test_an_output_that_is_nan_at_one_t_makes_its_term_of_the_bound_nan_and_no_other(name, t):
+    """One pixel of eps of one image."""
+    given = arguments(name)
+    key = "model" if "model" in given else "learned"
+    healthy = given[key]
+
+    def diverged(xt, steps):
+        output = healthy(xt, steps).detach().clone()
+        at_t = (steps == t).nonzero()[:, 0]  # the images of the batch in order
+        if len(at_t):
+            output[at_t[1], 0, 2, 3] = torch.nan
+        return output
+
+    terms = call(name, {**given, key: diverged})
+    places = terms.isnan().nonzero().tolist()
+    want = [[row, 1, t - 1] for row in range(2)]
+    assert places == want, f"nan in (row, image, term) {places}, want {want}"
+
+
 # --- Thresholds ----------------------------------------------------------------------------------
 
 SAMPLERS = {
@@ -695,6 +747,20 @@ def test_without_clipping_a_linear_model_samples_linearly(sampler):
     b_z = sample(0 * xT)
     scale = 1e3 * (1 + xT.abs().max())
     close("x0 - b z", sample(1e3 * xT) - b_z, 1e3 * (sample(xT) - b_z), 1e-9, scale)
+
+
+@every_sampler
+@pytest.mark.parametrize("clip", [True, False])
+def test_the_last_state_is_the_returned_image(sampler, clip):
+    """x0 is what on_step receives at s = 0, also outside [-1, 1] if nothing is clipped."""
+    d, states = ddpm.Diffusion(BRUTAL), []
+    x0 = SAMPLERS[sampler](
+        lambda xt, t: 0.3 * xt, d, 10 * inputs()["xt"], clip=clip, noise=noise(),
+        on_step=lambda s, xs: states.append(xs.clone()),
+    )  # fmt: skip
+    close("state at s = 0", states[-1], x0, 4 * checks.EPS, 1 + x0.abs())
+    if not clip:
+        assert x0.abs().max() > 1.5, f"largest value {x0.abs().max():g}: clipping has no effect"
 
 
 @every_sampler

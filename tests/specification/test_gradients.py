@@ -129,6 +129,12 @@ SMOOTH = {
         d(), xt, 3, eps, 0 * d().beta, clip=False), lambda xt, eps: ancestral_mean(xt, eps, 3)),
     "ancestral_step at t = 1": (lambda xt, eps: ddpm.ancestral_step(d(), xt, 1, eps, clip=False),
                                 solved_at_1),
+    "ancestral_step with noise": (lambda xt, eps: ddpm.ancestral_step(
+        d(), xt, 3, eps, clip=False, noise=torch.ones_like),
+        lambda xt, eps: ancestral_mean(xt, eps, 3) + BRUTAL[3] ** 0.5),
+    "ddim_step with noise": (lambda xt, eps: ddpm.ddim_step(
+        d(), xt, 4, 2, eps, eta=0.5, clip=False, noise=torch.ones_like),
+        lambda xt, eps: ddim_mean(xt, eps, 4, 2, 0.5) + ref.ddim_step(BRUTAL, 4, 2, 0.5)[2] ** 0.5),
     "ddim_step": (lambda xt, eps: ddpm.ddim_step(d(), xt, 4, 2, eps, clip=False),
                   lambda xt, eps: ddim_mean(xt, eps, 4, 2, 0.0)),
     "ddim_step with clipping": (
@@ -153,6 +159,9 @@ SMOOTH = {
     "improved.bound_term at t = 1": (
         lambda xt, eps, v: improved.bound_term(d(), inputs()["x0"], xt, 1, eps, v, clip=False),
         lambda xt, eps, v: decoder_bits(solved_at_1(xt, eps), ref.learned_variance(BRUTAL, 1, v))),
+    "improved.ancestral_step": (lambda xt, eps, v: improved.ancestral_step(
+        d(), xt, 3, eps, v, clip=False, noise=torch.ones_like),
+        lambda xt, eps, v: ancestral_mean(xt, eps, 3) + ref.learned_variance(BRUTAL, 3, v) ** 0.5),
     "improved.ancestral_step at t = 1": (lambda xt, eps: improved.ancestral_step(
         d(), xt, 1, eps, torch.zeros_like(xt), clip=False), solved_at_1),
     "improved.loss_hybrid": (
@@ -164,6 +173,12 @@ SMOOTH = {
         lambda xt, w: improved.respaced(lambda xt, t: torch.tanh(w * xt), d(), [2, 4])[0](xt, t - 2),
         lambda xt, w: np.tanh(w * xt)),
 }  # fmt: skip
+# The w of each image is the first value of its v.
+SMOOTH["improved.guided with a w of each image"] = (
+    lambda xt, w, eps, v: improved.guided(
+        two_nets(3, w, eps), torch.tensor([0, 1, 1]), 3, v[:, 0, 0, 0])(xt, t),
+    lambda xt, w, eps, v: np.tanh(eps * xt)
+        + v[:, :1, :1, :1] * (np.tanh(eps * xt) - np.tanh(w * xt)))  # fmt: skip
 for scale in (0.0, -1.0, 2.0):
     SMOOTH[f"improved.guided at w = {scale:g}"] = (
         lambda xt, w, eps, scale=scale: improved.guided(
@@ -230,7 +245,7 @@ def test_values_are_those_of_the_reference(function, dtype):
 
 # --- The network ---------------------------------------------------------------------------------
 
-Y = torch.tensor([0, 3, 1])  # of three classes, where 3 is no label
+Y = torch.tensor([3, 0, 3])  # of three classes, where 3 is no label: two images share its row
 LAYERS = {
     "block": ("xt", "emb"),
     "attention": ("xt",),
@@ -241,8 +256,8 @@ LAYERS = {
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_gradients_of_the_network_are_the_slopes_of_its_outputs(layer):
-    """In its input, its embedding and all its weights, with the row for "no label": no skip connection,
-    residual branch or shortcut is detached."""
+    """In its input, its embedding and all its weights, with the row for "no label", which two images share: no
+    skip connection, residual branch or shortcut is detached."""
     net, pool = MADE[layer](), dict(inputs(), y=Y, t=t)
     names = {name: p.shape for name, p in net.named_parameters() if p.requires_grad}
     given = {key: pool[key] for key in LAYERS[layer]}

@@ -64,7 +64,11 @@ def test_given_noise_is_the_only_source_of_randomness(name):
 
 @pytest.mark.parametrize("name", [name for name in DRAWING if "drop_labels" not in name])
 def test_noise_may_be_any_function_of_a_tensor_shaped_like_the_images(name):
-    """It gets a tensor of the images' shape and dtype, and its values are used as they are."""
+    """It gets a tensor of the images' shape and dtype, and its values are used as they are.
+
+    The bound may ask for the noise of several t at once, with a copy of the batch for each.
+    """
+    copies = range(1, len(BRUTAL)) if "bound_terms" in name else [1]
     for dtype in (torch.float32, torch.float64):
         given, received = arguments(name, dtype), []
         images = given["xt"] if "xt" in given else given["x0"]
@@ -79,7 +83,8 @@ def test_noise_may_be_any_function_of_a_tensor_shaped_like_the_images(name):
                 bits(call(name, {**given, "noise": lambda x, source=source: function(x, source)}))
             )
         assert received, "noise was not called"
-        wrong = set(received) - {(tuple(images.shape), dtype)}
+        B, *rest = images.shape
+        wrong = set(received) - {((B * n, *rest), dtype) for n in copies}
         assert not wrong, f"noise for images {tuple(images.shape)} {dtype} was called with {wrong}"
         assert results[0] == results[1] == bits(call(name, {**given, "noise": noise(1)}))
         checks.seed(1)

@@ -186,6 +186,8 @@ WRONG = {
     **{f"{what} in {where}": lambda table=table, take=take: take([BETA, table])
        for where, take in (("the bound", bound), ("the learned bound", learned_bound))
        for what, table in (("a sigma2 below 0", with_entry(BETA, 3, -0.1)),
+                           ("a sigma2 of 0 at t = 2", with_entry(BETA, 2, 0.0)),
+                           ("a sigma2 of 0 at t = T", with_entry(BETA, T, 0.0)),
                            ("a sigma2 that is nan", with_entry(BETA, 2, NAN)),
                            ("a sigma2 of another T", torch.cat([BETA, BETA[-1:]])))},
     "one table instead of a list of tables": lambda: bound(BETA),
@@ -195,6 +197,7 @@ WRONG = {
        for what, x0 in (("all pixels off the 256 levels", 0.3 * levels()),
                         ("one pixel off the 256 levels", levels(0.3)),
                         ("one pixel half a level off", levels(1 - 1 / 255)),
+                        ("one pixel a twentieth of a level off", levels(1 - 0.1 / 255)),
                         ("one pixel half a level beyond the end", levels(1 + 1 / 255)),
                         ("one pixel beyond the end levels", levels(-1 - 2 / 255)),
                         ("one pixel of nan", levels(NAN)),
@@ -225,6 +228,8 @@ WRONG = {
        for steps in WRONG_TIMESTEPS
        for what, take in (("DDIM", ddim),
                           ("respacing", lambda steps: improved.respaced(model, d(), steps)))},
+    "t = n + 1 for a respaced model": lambda: improved.respaced(model, d(), [2, 4])[0](
+        images(2, 3), torch.tensor([1, 3])),
     # networks
     "attention=(16,), which is a size and not a level": lambda: ddpm.UNet(attention=(16,)),
     "attention=(-1,)": lambda: ddpm.UNet(**SMALL, attention=(-1,)),
