@@ -1,6 +1,7 @@
 """support/command.py and support/errors.py: flags from a dataclass, and errors in one line."""
 
 import errno
+import io
 import os
 import pathlib
 import shlex
@@ -18,7 +19,7 @@ import evaluate
 import figures
 import sample
 import train
-from support import command
+from support import command, progress
 from support.command import flag
 from support.errors import Failure, UsageError
 
@@ -160,7 +161,7 @@ import os
 for name in ("fchmod", "geteuid", "getuid", "getloadavg", "fork", "mkfifo"):
     delattr(os, name)
 import train, sample
-from support import command
+from support import command, progress
 for module, flags in ((train, {train!r}), (train, {resume!r}), (sample, {sample!r})):
     sys.argv = [module.__name__ + ".py", *flags]
     command.run(module.main, module.Config, module.__doc__)
@@ -181,3 +182,12 @@ def test_the_commands_run_without_the_modules_and_signals_of_posix(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "a.png").is_file()
+
+
+def test_a_result_is_printed_on_a_stream_without_its_letters_and_lost_without_a_stream(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    progress.say("3.78 ± 0.04")
+    assert stream.buffer.getvalue() == b"3.78 \\xb1 0.04\n"
+    monkeypatch.setattr(sys, "stdout", None)  # as Python starts with >&-
+    progress.say("3.78 ± 0.04")

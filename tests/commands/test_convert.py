@@ -118,6 +118,13 @@ def test_a_state_dict_of_a_copied_ddpm_py_is_converted(call, tmp_path):
     assert len(checkpoint.load("paper.pt")["process"]["beta"]) == 1001
 
 
+def test_weights_without_the_last_layer_are_not_a_state_dict(call):
+    weights = ddpm.UNet(ch=8, mult=(1,), attention=(), groups=4).state_dict()
+    torch.save({name: w for name, w in weights.items() if "conv_out" not in name}, "w.pt")
+    words = "contains neither the authors' weights nor a state_dict"
+    rejected(call, "--ckpt", "w.pt", "--out", "new.pt", status=1, words=words)
+
+
 @pytest.mark.parametrize("flags, words", [
     (["--dtype", "bf16"], "--dtype: only for a folder"),
     (["--weights", "raw"], "--weights: has no effect"),
