@@ -195,10 +195,9 @@ def write_grid(cfg, run, d, epoch, device):
     how.update(clip=run.about["process"]["clip"])
     images = []
     for first in range(0, n, cfg.micro_batch):
-        seeds = range(n)[first : first + cfg.micro_batch]
-        labels = y[first : first + cfg.micro_batch] if classes else None
+        part = slice(first, first + cfg.micro_batch)
         with devices.autocast(device, cfg.precision):
-            x0 = sampling.sample(run.ema, d, run.about["shape"], seeds, labels, **how)
+            x0 = sampling.sample(run.ema, d, run.about["shape"], range(n)[part], y[part], **how)
         images.append(pictures.to_uint8(x0))
     with replacing(grid_name(run.out, epoch)) as file:
         pictures.grid(np.concatenate(images), rows).save(file, "PNG")
